@@ -1,0 +1,120 @@
+"""What every estimator takes and gives.
+
+Letters: B lanes, K boundaries crossed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tbptt.loss import Loss
+from tbptt.tree import Tree
+from tbptt.window import Window
+
+__all__ = ["Carry", "Estimate", "Estimator"]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """One update's gradient estimate, and what was seen on the way.
+
+    Args:
+        outputs: the model's outputs for this window, detached; None unless the estimator keeps them.
+        loss: sum / count of the window's reported losses, 0-dim; NaN when it had no target.
+        loss_sum: the sum of the reported losses, 0-dim.
+        num_terms: the number of reported losses.
+        gradients: of sum / count over the *injected* losses, keyed as `model.named_parameters()`; zeros for
+            a parameter that no injected loss depends on. Owned by the estimate.
+        lookback: the number of steps the newest injected loss was back-propagated through.
+        boundary_norms: norm of the gradient with respect to the state at each boundary crossed, newest
+            first. Shape (K,).
+        num_injected: the number of losses injected; with none there is nothing to learn from this window.
+        metrics: whatever else the estimator or a guard has measured.
+    """
+
+    outputs: Tree | None
+    loss: Tensor
+    loss_sum: Tensor
+    num_terms: int
+    gradients: dict[str, Tensor]
+    lookback: int
+    boundary_norms: Tensor
+    num_injected: int
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+    def apply(self, model: nn.Module) -> None:
+        """Write the gradients to the parameters' `.grad`, replacing whatever stood there.
+
+        With no loss injected every `.grad` becomes None, so that `optimizer.step()` changes nothing.
+        """
+        for name, parameter in model.named_parameters():
+            parameter.grad = self.gradients.get(name) if self.num_injected else None
+
+    def gradient_norm(self) -> Tensor:
+        """Return the 2-norm of all gradients together, 0-dim."""
+        if "gradient_norm" in self.metrics:  # measured by a guard, before it clipped
+            return torch.tensor(self.metrics["gradient_norm"])
+        return torch.nn.utils.get_total_norm(self.gradients.values())
+
+    def with_gradients(self, gradients: dict[str, Tensor], **metrics: float) -> Estimate:
+        """Return the estimate with other gradients and more metrics, as a guard does."""
+        return replace(self, gradients=gradients, metrics=self.metrics | metrics)
+
+
+class Carry(Protocol):
+    """All that an estimator carries from window to window."""
+
+    @property
+    def state(self) -> Tree | None:
+        """The model's state after the last window, detached; None before the first."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the carry as plain values and tensors, in dicts and lists."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        ...
+
+
+class Estimator(ABC):
+    """A way to estimate the gradient of a sequence's loss; hyper-parameters only.
+
+    All that evolves is in the carry: `estimate` takes one and returns the next, so that an update can be
+    refused by going on with the old one.
+
+    Attributes:
+        kind: "exact", "biased" or "unbiased", against the gradient of the whole past.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def next_steps(self, carry: Any) -> int:
+        """Return how many steps the next window should have."""
+
+    @abstractmethod
+    def init(self, model: nn.Module, lanes: int) -> Carry:
+        """Return the carry before the first window.
+
+        Raises:
+            CapabilityError: the model cannot be trained in windows.
+        """
+
+    @abstractmethod
+    def estimate(self, model: nn.Module, loss: Loss, carry: Any, window: Window) -> tuple[Estimate, Carry]:
+        """Run the model over `window` and estimate the gradient of its losses."""
+
+    @abstractmethod
+    def reach(self, steps: int) -> tuple[int, ...]:
+        """Return how far the loss at each of a window's `steps` steps reaches, its own step included.
+
+        Zero for a loss that is not injected. Holds once the stream is older than the look-back, and
+        until the next reset; `tbptt.check` measures it.
+        """
