@@ -6,9 +6,9 @@ Letters: T time, B lanes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -123,6 +123,10 @@ class Window:
             return self
         moved = [to(part, device) for part in (self.inputs, self.targets, self.mask, self.reset)]
         return Window(*moved, start=self.start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window as a dict of plain values and trees."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @staticmethod
     def join(windows: Sequence[Window]) -> Window:

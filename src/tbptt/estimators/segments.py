@@ -1,0 +1,252 @@
+"""The mechanism of every reverse-mode method: a chain of segments, pulled back from newest to oldest.
+
+A segment is a stretch of steps run with a graph, from a start state cut off from what came before. It can
+give its vector-Jacobian product: from the gradients of its losses and of its end state to those of the
+parameters and of its start state. Methods differ in what they put into the chain and what they do at the
+boundaries between two segments.
+
+Letters: T time, B lanes, K boundaries, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tbptt.model import with_parameters
+from tbptt.tree import LaneDims, Tree, as_leaves, detach, differentiable
+from tbptt.unroll import unroll
+from tbptt.window import Window
+
+__all__ = ["Pulled", "RetainedSegment", "Segment", "pull_back"]
+
+Gradients: TypeAlias = list[Tensor | None]
+"""One for each tensor asked about; None where nothing arrived, which is a zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of steps with its graph.
+
+    Args:
+        outputs: of the model, in the graph. Leaves (T, B, ...).
+        start: the state before, as leaves of the graph; None for the model's initial state.
+        end: the state after, in the graph.
+        steps: their number, T.
+        loss: the sum of the losses that this segment injects, 0-dim, in the graph; None for none.
+    """
+
+    outputs: Tree
+    start: Tree | None
+    end: Tree
+    steps: int
+    loss: Tensor | None = None
+
+    @staticmethod
+    def run(model: nn.Module, window: Window, start: Tree | None, dims: LaneDims | None, *, track: bool) -> Segment:
+        """Run `model` over `window` from `start`, whose past stays out of the graph.
+
+        Args:
+            model: the model.
+            window: the steps.
+            start: the state before them; None for the model's initial state.
+            dims: the lane dimensions of the state.
+            track: whether the gradient of the start state will be asked for.
+        """
+        begin = as_leaves(start) if track else detach(start)
+        outputs, end = unroll(model, window, begin, dims)
+        return Segment(outputs, begin if track else None, end, window.steps)
+
+    def vjp(
+        self, parameters: Sequence[Tensor], weight: Tensor, cotangent: Gradients, *, start: bool, keep: bool
+    ) -> tuple[Gradients, Gradients]:
+        """Pull the gradients of the loss and of the end state back to the parameters and the start state.
+
+        Args:
+            parameters: the tensors that the graph was built with.
+            weight: what the injected loss sum is multiplied by, 0-dim.
+            cotangent: gradient of each differentiable tensor of the end state; empty for none.
+            start: whether to go on to the start state.
+            keep: whether the graph will be used again.
+        """
+        roots: list[Tensor] = []
+        seeds: list[Tensor] = []
+        if self.loss is not None and self.loss.requires_grad:
+            roots.append(self.loss)
+            seeds.append(weight)
+        for leaf, gradient in zip(differentiable(self.end), cotangent, strict=True) if cotangent else ():
+            if gradient is not None and leaf.requires_grad:
+                roots.append(leaf)
+                seeds.append(gradient)
+        before = differentiable(self.start) if start else []
+        if not roots:
+            return [None] * len(parameters), [None] * len(before)
+        found = torch.autograd.grad(
+            roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True
+        )
+        return list(found[: len(parameters)]), list(found[len(parameters) :])
+
+
+@dataclass(frozen=True, eq=False)
+class Pulled:
+    """What came out of a chain: the parameters' gradients, and the norm at each boundary, newest first."""
+
+    gradients: Gradients
+    boundary_norms: list[Tensor]
+
+
+def pull_back(
+    chain: Sequence[Segment], parameters: Sequence[Sequence[Tensor]], weight: Tensor, *, keep: bool = False
+) -> Pulled:
+    """Send the gradient of the chain's losses back through it, from the newest segment to the oldest.
+
+    Args:
+        chain: consecutive segments, oldest first.
+        parameters: for each segment, the tensors that its graph was built with.
+        weight: what each injected loss sum is multiplied by, 0-dim.
+        keep: whether the graphs will be used again.
+
+    Cost: one backward pass through each segment.
+    """
+    total: Gradients = [None] * len(parameters[-1])
+    norms: list[Tensor] = []
+    cotangent: Gradients = []
+    for index in reversed(range(len(chain))):
+        found, cotangent = chain[index].vjp(parameters[index], weight, cotangent, start=index > 0, keep=keep)
+        total = add(total, found)
+        if index > 0:
+            norms.append(_norm(cotangent, weight))
+    return Pulled(total, norms)
+
+
+def add(left: Gradients, right: Gradients) -> Gradients:
+    """Return the sum of two lists of gradients; the operands stay as they are."""
+    both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both else [])  # pyright: ignore[reportPrivateUsage]
+    return [
+        next(sums) if a is not None and b is not None else (b if a is None else a)
+        for a, b in zip(left, right, strict=True)
+    ]
+
+
+def own(names: Sequence[str], parameters: Sequence[Tensor], gradients: Gradients) -> dict[str, Tensor]:
+    """Return gradients by name, zeros for None, each with memory of its own.
+
+    Autograd may hand out one tensor twice (both biases of an LSTM), or an expanded scalar: whoever
+    scales such gradients in place would scale them twice.
+    """
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        elif not gradient.is_contiguous() or gradient.data_ptr() in seen:
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        seen.add(gradient.data_ptr())
+        result[name] = gradient
+    return result
+
+
+def _norm(cotangent: Gradients, like: Tensor) -> Tensor:
+    arrived = [gradient for gradient in cotangent if gradient is not None]
+    if not arrived:
+        return torch.zeros_like(like)
+    return torch.nn.utils.get_total_norm(arrived).to(like.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class RetainedSegment:
+    """A segment that outlives the update: it remembers the weights it was run with.
+
+    Its graph is built on copies of the weights, so that an optimizer may change the originals in place. It
+    can also be rebuilt, from its steps, its start state, those copies and the state of the random generator:
+    to be cut at a place not foreseen, or after a restart.
+
+    Args:
+        window: its steps, without targets.
+        begin: the state before them, detached; None for the model's initial state.
+        weights: the copies of the parameters, by name, that require a gradient.
+        random: the states of the random generators before the first step.
+        live: its graph, if it is built.
+    """
+
+    window: Window
+    begin: Tree | None
+    weights: dict[str, Tensor]
+    random: list[Tensor]
+    live: Segment | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, T."""
+        return self.window.steps
+
+    @staticmethod
+    def run(
+        model: nn.Module, window: Window, begin: Tree | None, weights: dict[str, Tensor], dims: LaneDims | None
+    ) -> RetainedSegment:
+        """Run `model` with `weights` over `window` from `begin`."""
+        random = _random_states(window.mask.device)
+        live = with_parameters(
+            model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None)
+        )
+        return RetainedSegment(window.without_targets(), begin, weights, random, live)
+
+    def built(self, model: nn.Module, dims: LaneDims | None) -> RetainedSegment:
+        """Return the segment with its graph, run again if it is not there."""
+        if self.live is not None:
+            return self
+        with _random_from(self.random, self.window.mask.device):
+            return RetainedSegment.run(model, self.window, self.begin, self.weights, dims)
+
+    def split(self, model: nn.Module, step: int, dims: LaneDims | None) -> tuple[RetainedSegment, RetainedSegment]:
+        """Return the segment as two, cut before `step`; both are run again."""
+        with _random_from(self.random, self.window.mask.device):
+            old = RetainedSegment.run(model, self.window[:step], self.begin, self.weights, dims)
+            assert old.live is not None
+            new = RetainedSegment.run(model, self.window[step:], detach(old.live.end), self.weights, dims)
+        return old, new
+
+    def past(self) -> RetainedSegment:
+        """Return the segment as later updates see it: its losses have been injected, once."""
+        return replace(self, live=None if self.live is None else replace(self.live, outputs=None, loss=None))
+
+    def asleep(self) -> RetainedSegment:
+        """Return the segment without its graph, to be built again if it is needed."""
+        return replace(self, live=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the graph."""
+        return {
+            "window": self.window.state_dict(),
+            "begin": self.begin,
+            "weights": {name: value.detach() for name, value in self.weights.items()},
+            "random": self.random,
+        }
+
+    @staticmethod
+    def from_state_dict(state: dict[str, Any]) -> RetainedSegment:
+        """Return what `state_dict` described, asleep."""
+        weights = {name: value.detach().clone().requires_grad_() for name, value in state["weights"].items()}
+        return RetainedSegment(Window(**state["window"]), state["begin"], weights, state["random"])
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@contextmanager
+def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Draw the random numbers that were drawn then, and leave the generators as they are now."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.set_rng_state(states[0].cpu())
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state.cpu(), device)
+        yield

@@ -1,0 +1,190 @@
+"""Losses by step, summed over the targets that count.
+
+Letters: T time, B lanes, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tbptt.errors import CapabilityError, ConfigError, ShapeError
+from tbptt.tree import Tree, tree_map
+from tbptt.window import Window
+
+__all__ = ["Loss", "StepLoss"]
+
+Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
+"""`loss(outputs, targets)` -> losses by step, shape (T, B); or one of torch.nn's own losses."""
+
+_BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+_BY_ELEMENT = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+)
+_FUNCTIONS: dict[object, type[nn.Module]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """A loss made ready: it gives the sum over the valid targets of a window, and their number.
+
+    Args:
+        losses: outputs, targets -> losses by step, shape (T, B).
+        ignored: a target value that does not count (`ignore_index` of torch's losses), or None.
+    """
+
+    losses: Loss
+    ignored: int | None = None
+
+    @staticmethod
+    def of(loss: Loss) -> StepLoss:
+        """Make a loss ready: torch.nn's own are taken in their unreduced form.
+
+        Element-wise losses of (T, B, ...) are averaged over the trailing dimensions, so that
+        sum / count is torch's own mean; classification losses take outputs (T, B, C), class last, and
+        targets (T, B). Class weights scale the losses but not the count.
+
+        Raises:
+            ConfigError: `reduction="sum"`, which would have to be ignored.
+            CapabilityError: not callable, or a torch.nn loss that does not compare outputs with targets.
+        """
+        if isinstance(loss, StepLoss):
+            return loss
+        if loss in _FUNCTIONS:
+            return StepLoss.of(_FUNCTIONS[loss]())
+        if not isinstance(loss, nn.Module) or type(loss).__module__ != "torch.nn.modules.loss":
+            if not callable(loss):
+                raise CapabilityError(
+                    f"a loss(outputs, targets) was expected, but a {type(loss).__name__} came",
+                    fix="loss=torch.nn.CrossEntropyLoss()",
+                )
+            return StepLoss(loss)
+        if not isinstance(loss, _BY_CLASS + _BY_ELEMENT):
+            known = ", ".join(kind.__name__ for kind in _BY_CLASS + _BY_ELEMENT)
+            raise CapabilityError(
+                f"torch.nn.{type(loss).__name__} is not a loss of outputs against targets, step by step; "
+                f"these are: {known}",
+                fix="pass a function loss(outputs, targets) that returns losses of shape (T, B)",
+            )
+        if loss.reduction == "sum":
+            raise ConfigError(
+                'reduction="sum" was asked for, but a window\'s loss is always sum / count over its valid '
+                "targets, so that the learning rate does not depend on the window's length",
+                fix=f"torch.nn.{type(loss).__name__}(), and scale the learning rate if a sum is meant",
+            )
+        unreduced = copy.copy(loss)
+        unreduced.reduction = "none"
+        if isinstance(loss, _BY_CLASS):
+            return StepLoss(_ClassLoss(unreduced), cast("int | None", getattr(loss, "ignore_index", None)))
+        return StepLoss(_ElementLoss(unreduced))
+
+    def valid(self, window: Window) -> tuple[Tensor, int]:
+        """Return which targets count, shape (T, B), and how many they are."""
+        targets = window.targets
+        if self.ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+            return window.mask, window.num_targets
+        valid = window.mask & (targets != self.ignored)
+        return valid, int(valid.sum())
+
+    def total(self, outputs: Tree, window: Window) -> tuple[Tensor, int]:
+        """Return the sum of the losses over the window's valid targets, 0-dim, and their number.
+
+        The loss never sees a target that the mask leaves out: it is set to zero first, so that a NaN
+        that stands for a missing value cannot reach the gradient.
+
+        Raises:
+            ShapeError: the loss is not of shape (T, B), or a class lies outside the outputs.
+        """
+        valid, count = self.valid(window)
+        targets = window.targets
+        if count < valid.numel():
+            targets = tree_map(lambda leaf: _fill(leaf, valid), targets)
+        losses = self.losses(outputs, targets)
+        if not isinstance(losses, Tensor) or losses.shape != valid.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise _wrong_shape(losses, valid)
+        if count < valid.numel():
+            losses = torch.where(valid, losses, 0.0)
+        return losses.sum(), count
+
+
+@dataclass(frozen=True)
+class _ClassLoss:
+    """A loss of torch.nn over classes: outputs (T, B, C) against targets (T, B)."""
+
+    loss: nn.Module
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        steps = outputs.shape[:2]
+        if outputs.ndim != 3 or targets.shape not in (steps, outputs.shape):
+            raise ShapeError(
+                f"{type(self.loss).__name__} was expected to see outputs (T, B, C), class last, and targets "
+                f"(T, B), but outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
+                fix="let the model end in nn.Linear(hidden, classes), and give class indices as targets",
+            )
+        try:
+            return self.loss(outputs.flatten(0, 1), targets.flatten(0, 1)).view(steps)
+        except IndexError as error:
+            raise _wrong_class(targets, outputs.shape[2]) from error
+
+
+@dataclass(frozen=True)
+class _ElementLoss:
+    """A loss of torch.nn over elements: outputs and targets of one shape (T, B, ...)."""
+
+    loss: nn.Module
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape != targets.shape:  # torch would broadcast, and compare every lane with every other
+            raise ShapeError(
+                f"{type(self.loss).__name__} was expected to see outputs and targets of one shape, but outputs "
+                f"{tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
+                fix="outputs.squeeze(-1) in the model, or targets.unsqueeze(-1) in the stream",
+            )
+        losses = self.loss(outputs, targets.to(outputs.dtype))
+        return losses if losses.ndim == 2 else losses.flatten(2).mean(2)
+
+
+def _fill(targets: Tensor, valid: Tensor) -> Tensor:
+    return targets.masked_fill(~valid.view(valid.shape + (1,) * (targets.ndim - 2)), 0)
+
+
+def _wrong_class(targets: Tensor, classes: int) -> ShapeError:
+    wrong = ((targets < 0) | (targets >= classes)).nonzero()
+    step, lane = wrong[0].tolist() if len(wrong) else (0, 0)
+    return ShapeError(
+        f"targets in 0..{classes - 1} were expected, since the outputs have {classes} classes, but target "
+        f"{int(targets[step, lane])} stands at step {step} of the window, lane {lane} ({len(wrong)} such)",
+        fix=f"give the model at least {int(targets.max()) + 1} outputs, or mask these targets",
+    )
+
+
+def _wrong_shape(losses: object, valid: Tensor) -> ShapeError:
+    steps, lanes = valid.shape
+    came = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+    return ShapeError(
+        f"the loss was expected to return one value for each step and lane, shape (T, B) = ({steps}, {lanes}), "
+        f"but returned {came}: a loss that was already averaged cannot be weighted by the targets that count",
+        fix='leave out the mean: F.mse_loss(outputs, targets, reduction="none").mean(-1)',
+    )

@@ -1,0 +1,213 @@
+"""What a model is, and what is asked of one.
+
+A model is any `model(inputs, state) -> (outputs, state)`, time first, with `state=None` at the start.
+
+Letters: T time, B lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tbptt.errors import CapabilityError, ShapeError, TbpttError
+from tbptt.tree import LaneDims, Tree, detach, tensors, time_slice, tree_map
+
+__all__ = ["HasInitialState", "Scan", "scan"]
+
+_Result = TypeVar("_Result")
+
+
+@runtime_checkable
+class HasInitialState(Protocol):
+    """A model that says itself how a sequence starts.
+
+    Without it a sequence starts from `state=None`, and a lane that is reset in mid-window from zeros:
+    `tbptt.check` refuses a model for which the two differ.
+    """
+
+    def initial_state(self, lanes: int) -> Tree:
+        """Return the state before the first step; its parameters get their gradient."""
+        ...
+
+
+class Scan(nn.Module):
+    """A one-step cell run over time; made by `scan`."""
+
+    def __init__(self, cell: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
+        """Run the cell over inputs (T, B, ...); outputs are stacked over time."""
+        outputs: list[Tree] = []
+        for step in range(tensors(inputs)[0].shape[0]):
+            output, state = self._step(tree_map(lambda leaf, step=step: leaf[step], inputs), state)
+            outputs.append(output)
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), state
+        columns = iter([torch.stack(parts) for parts in zip(*map(tensors, outputs), strict=True)])
+        return tree_map(lambda _: next(columns), outputs[0]), state
+
+    def _step(self, inputs: Tree, state: Tree | None) -> tuple[Tree, Tree]:
+        if isinstance(self.cell, nn.RNNCellBase):  # torch's cells return their state alone
+            state = self.cell(inputs, state)
+            return (state[0] if isinstance(state, tuple) else state), state
+        return split_result(self.cell, self.cell(inputs, state))
+
+
+class _ScanFrom(Scan):
+    """A `Scan` of a cell that has an initial state of its own."""
+
+    def initial_state(self, lanes: int) -> Tree:
+        """Return the cell's own initial state."""
+        assert isinstance(self.cell, HasInitialState)
+        return self.cell.initial_state(lanes)
+
+
+def scan(cell: Callable[..., Any]) -> Scan:
+    """Make a model of a one-step cell.
+
+    The plain loop: as fast as Python runs the cell. Prefer a fused layer where there is one.
+
+    Args:
+        cell: `cell(inputs, state) -> (outputs, state)` with inputs (B, ...) and `state=None` at the start,
+            or nn.LSTMCell, nn.GRUCell, nn.RNNCell as they are. Its `initial_state`, if any, is used.
+
+    Raises:
+        CapabilityError: not callable; or, when run, a cell that returns one value.
+
+    Example:
+        >>> outputs, state = scan(nn.GRUCell(3, 5))(torch.zeros(7, 2, 3))
+        >>> outputs.shape, state.shape
+        (torch.Size([7, 2, 5]), torch.Size([2, 5]))
+    """
+    if not callable(cell):
+        raise CapabilityError(f"a cell(inputs, state) was expected, but a {type(cell).__name__} came")
+    return _ScanFrom(cell) if isinstance(cell, HasInitialState) else Scan(cell)
+
+
+def split_result(model: object, result: Any) -> tuple[Tree, Tree]:
+    """Return what a model returned as (outputs, state).
+
+    Raises:
+        CapabilityError: it is not a pair.
+    """
+    if isinstance(result, tuple) and len(result) == 2:  # pyright: ignore[reportUnknownArgumentType]
+        return result  # pyright: ignore[reportUnknownVariableType]
+    name = type(model).__name__
+    came = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"one {type(result).__name__}"  # pyright: ignore[reportUnknownArgumentType]
+    raise CapabilityError(
+        f"{name}(inputs, state) was expected to return (outputs, state), but returned {came}: "
+        "without its state there is nothing to carry from window to window",
+        fix="def forward(self, inputs, state=None): ...; return outputs, state",
+    )
+
+
+def check_trainable(model: object) -> None:
+    """Refuse what is known not to be trainable in windows, before anything is run.
+
+    Raises:
+        CapabilityError: not an nn.Module, batch-first, bidirectional, or without parameters to train.
+    """
+    if not isinstance(model, nn.Module):
+        raise CapabilityError(
+            f"an nn.Module was expected, but a {type(model).__name__} came: it has no parameters to train",
+            fix="tbptt.scan(cell) makes a module of a one-step cell",
+        )
+    if isinstance(model, nn.RNNBase):
+        name = type(model).__name__
+        if model.batch_first:
+            raise CapabilityError(
+                f"nn.{name} was built with batch_first=True, but windows are time first, (T, B, ...): "
+                "it would take lanes for steps",
+                fix=f"nn.{name}({model.input_size}, {model.hidden_size})",
+            )
+        if model.bidirectional:
+            raise CapabilityError(
+                f"a bidirectional nn.{name} needs the future of the sequence, so it cannot be run in windows",
+                fix="bidirectional=False",
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise CapabilityError(f"{type(model).__name__} has no parameter that requires a gradient")
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that require a gradient, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+class _Host(nn.Module):
+    """Runs a function while `functional_call` has other parameters in the model's place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def with_parameters(model: nn.Module, parameters: dict[str, Tensor], function: Callable[[], _Result]) -> _Result:
+    """Return `function()`, run while `model` has these parameters instead of its own."""
+    renamed = {f"model.{name}": value for name, value in parameters.items()}
+    return torch.func.functional_call(_Host(model), renamed, (function,))
+
+
+def initial_state(model: nn.Module, lanes: int) -> Tree | None:
+    """Return the model's own initial state for `lanes` lanes; None when it has none of its own."""
+    return model.initial_state(lanes) if isinstance(model, HasInitialState) else None
+
+
+def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:
+    """Find the lane dimension of each tensor of the model's state, by experiment.
+
+    The model is run for one step with B and with B + 1 lanes; the dimension that grew is the lanes'.
+    Nothing of it remains: no graph, no buffer, no random number drawn.
+
+    Args:
+        inputs: leaves (T, B, ...).
+
+    Returns:
+        The dimensions, None for a leaf that did not grow; None as a whole for a model that cannot be run
+        with another number of lanes.
+
+    Raises:
+        CapabilityError: the model does not return (outputs, state).
+    """
+    one = time_slice(inputs, 0, 1)
+    more = tree_map(lambda leaf: torch.cat([leaf, leaf[:, :1]], 1), one)
+    shapes = []
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    lanes = tensors(inputs)[0].shape[1]
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            for sample, size in ((one, lanes), (more, lanes + 1)):
+                _, state = split_result(model, model(sample, initial_state(model, size)))
+                shapes.append([tuple(leaf.shape) for leaf in tensors(detach(state))])
+        except TbpttError:
+            raise
+        except (RuntimeError, ValueError, IndexError):
+            if not shapes:  # it cannot be run at all: let the user see where
+                raise
+            return None
+        finally:
+            for name, value in model.named_buffers():
+                value.copy_(buffers[name])
+    if len(shapes[0]) != len(shapes[1]):
+        raise ShapeError(
+            f"the model's state has {len(shapes[0])} tensors for {lanes} lanes and {len(shapes[1])} for {lanes + 1}: "
+            "it cannot be told which of them belongs to which lane",
+            fix="give each tensor of the state a lane dimension instead of one tensor for each lane",
+        )
+    return tuple(_grown(before, after, lanes) for before, after in zip(*shapes, strict=True))
+
+
+def _grown(before: tuple[int, ...], after: tuple[int, ...], lanes: int) -> int | None:
+    if len(before) != len(after):
+        return None
+    grown = [dim for dim, (a, b) in enumerate(zip(before, after, strict=True)) if (a, b) == (lanes, lanes + 1)]
+    return grown[0] if len(grown) == 1 else None
