@@ -82,7 +82,8 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(
-                f"keep was expected to be a whole number of checkpoints, 1 or more, but is {keep!r}: with none kept, "
+                f"keep was expected to be a whole number of checkpoints, 1 or more, but is {keep!r}: with "
+                "none kept, "
                 "nothing could be resumed",
                 fix="Checkpoints(directory, keep=3)",
             )
@@ -117,7 +118,9 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
         # Detached, each weight is a tensor of its own, so that a tied one is found under both of its names.
-        named = {k: v.detach() if type(v) in (Tensor, torch.nn.Parameter) else v for k, v in model_state.items()}
+        named = {
+            k: v.detach() if type(v) in (Tensor, torch.nn.Parameter) else v for k, v in model_state.items()
+        }
         document = {"model": encode(named, "model", weights), "state": encode(state, "state", tensors)}
 
         final = self.directory / f"update-{update:010d}"
@@ -137,8 +140,10 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
             shutil.rmtree(writing, ignore_errors=True)
             raise CheckpointError(
-                f"checkpoint {final.name} was expected to fit into {self.directory}, but writing it failed: {error}. "
-                f"The checkpoints before it are untouched ({', '.join(p.name for p in self.paths()) or 'none'})",
+                f"checkpoint {final.name} was expected to fit into {self.directory}, but writing it "
+                f"failed: {error}. "
+                "The checkpoints before it are untouched "
+                f"({', '.join(p.name for p in self.paths()) or 'none'})",
                 fix=f"make room there (df -h {self.directory}), or resume with another directory",
             ) from error
         self._prune(update)
@@ -163,7 +168,8 @@ class Checkpoints:
                 warnings.warn(f"{damage.message}; it is passed over", CheckpointWarning, stacklevel=2)
         if damages:
             raise CheckpointError(
-                f"a sound checkpoint was expected in {self.directory}, but none is, so that the run cannot be "
+                f"a sound checkpoint was expected in {self.directory}, but none is, so that the run "
+                "cannot be "
                 "resumed: " + "; ".join(damages),
                 fix="restore one from a copy, or start anew in another directory",
             )
@@ -186,7 +192,9 @@ class Checkpoints:
             state = decode(document["state"], _mapped(path / _TENSORS))
             model_state = decode(document["model"], _mapped(path / _MODEL))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise _Damage(f"checkpoint {path.name} is damaged: its files cannot be read ({error!r})") from error
+            raise _Damage(
+                f"checkpoint {path.name} is damaged: its files cannot be read ({error!r})"
+            ) from error
         return Loaded(manifest["update"], state, model_state, path)
 
     def tidy(self) -> None:
@@ -228,7 +236,9 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)  # what is left of it is tidied up next time
 
     def _prune(self, update: int) -> None:
-        made = sorted((entry for entry in self._entries() if entry[0] <= update and not entry[1]), reverse=True)
+        made = sorted(
+            (entry for entry in self._entries() if entry[0] <= update and not entry[1]), reverse=True
+        )
         for _, _, path in made[self.keep :]:
             stale = path.with_name(f"{path.name}.stale")
             try:
@@ -236,7 +246,8 @@ class Checkpoints:
                 shutil.rmtree(stale)
             except OSError as error:
                 warnings.warn(
-                    f"the old checkpoint {path.name} could not be deleted ({error}); the new one is safe, but the "
+                    f"the old checkpoint {path.name} could not be deleted ({error}); the new one is safe, "
+                    "but the "
                     "disk may fill up",
                     CheckpointWarning,
                     stacklevel=3,
@@ -305,7 +316,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damage(path, _MANIFEST, "has another sha256 than was written")
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(
-            f"checkpoint {path.name} was expected to have format {_FORMAT}, but has {manifest.get('format')!r}, as "
+            f"checkpoint {path.name} was expected to have format {_FORMAT}, but has "
+            f"{manifest.get('format')!r}, as "
             f"tbptt {manifest.get('versions', {}).get('tbptt')} writes it: its meaning is not known here",
             fix="pip install --upgrade tbptt",
         )
@@ -327,4 +339,4 @@ def _verify(path: Path, name: str, facts: dict[str, Any]) -> None:
 
 def _mapped(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}

@@ -38,8 +38,8 @@ def encode(tree: Any, root: str, tensors: dict[str, Tensor]) -> Any:
     """Return `tree` as a value that `json.dumps` takes, and put its tensors into `tensors`.
 
     Args:
-        tree: None, bool, int, float, complex, str, bytes, tensors, numpy arrays and scalars, in any nesting of
-            lists, tuples, named tuples and dicts with plain keys.
+        tree: None, bool, int, float, complex, str, bytes, tensors, numpy arrays and scalars, in any nesting
+            of lists, tuples, named tuples and dicts with plain keys.
         root: what errors call the tree; a tensor's name is its path below it.
         tensors: filled with contiguous real tensors on the CPU, none of which share memory.
 
@@ -57,7 +57,8 @@ def encode(tree: Any, root: str, tensors: dict[str, Tensor]) -> Any:
         return _Encoder(root, tensors).encode(tree, root)
     except RecursionError:
         raise CheckpointError(
-            f"{root} was expected to be a tree, but it is nested without end: a container holds itself, and no "
+            f"{root} was expected to be a tree, but it is nested without end: a container holds itself, "
+            "and no "
             "file could hold that",
             fix="leave the reference back out of state_dict()",
         ) from None
@@ -136,7 +137,8 @@ class _Encoder:
             self.refuse(value, path)
         if _find_class(kind.__module__, kind.__qualname__) is not kind:
             raise CheckpointError(
-                f"{path} is a named tuple {kind.__module__}:{kind.__qualname__}, which cannot be found again under "
+                f"{path} is a named tuple {kind.__module__}:{kind.__qualname__}, which cannot be found "
+                "again under "
                 "that name: a resumed run could not rebuild it",
                 fix=f"define {kind.__name__} at the top level of its module",
             )
@@ -159,8 +161,7 @@ class _Encoder:
             entry["complex"] = True
             data = torch.view_as_real(data.resolve_conj())
         data = data.resolve_neg().cpu().contiguous()
-        storage = data.untyped_storage()
-        if storage.data_ptr() in self.storages or storage.nbytes() != data.nbytes:
+        if data.untyped_storage().data_ptr() in self.storages:
             data = data.clone(memory_format=torch.contiguous_format)  # safetensors takes no shared memory
         self.storages.add(data.untyped_storage().data_ptr())
         self.tensors[entry["name"]] = data
@@ -172,9 +173,17 @@ class _Encoder:
             self.refuse(value, path)
         order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
         name = self.free_name(path)
-        self.tensors[name] = torch.frombuffer(bytearray(value.tobytes(order)) or bytearray(1), dtype=torch.uint8)
+        self.tensors[name] = torch.frombuffer(
+            bytearray(value.tobytes(order)) or bytearray(1), dtype=torch.uint8
+        )
         shape = list(value.shape)
-        return {_MARK: "array", "name": name, "dtype": _dtype_name(value.dtype), "shape": shape, "order": order}
+        return {
+            _MARK: "array",
+            "name": name,
+            "dtype": _dtype_name(value.dtype),
+            "shape": shape,
+            "order": order,
+        }
 
     def free_name(self, path: str) -> str:
         below = path[len(self.root) :].removeprefix(".") or self.root
@@ -187,11 +196,15 @@ class _Encoder:
 
     def refuse(self, value: Any, path: str) -> NoReturn:
         kind = type(value)
-        shown = repr(value) if not isinstance(value, Tensor) else f"{value.layout}, {value.dtype}, {value.device}"
+        shown = (
+            repr(value) if not isinstance(value, Tensor) else f"{value.layout}, {value.dtype}, {value.device}"
+        )
         shown = shown if len(shown) <= _SHORT else shown[:_SHORT] + "..."
         raise CheckpointError(
-            f"{path} was expected to be a plain value, a tensor, a numpy array, or a list, tuple or dict of them, "
-            f"but is a {kind.__module__}.{kind.__qualname__} ({shown}): a checkpoint holds no pickled objects, so "
+            f"{path} was expected to be a plain value, a tensor, a numpy array, or a list, tuple or dict "
+            "of them, "
+            f"but is a {kind.__module__}.{kind.__qualname__} ({shown}): a checkpoint holds no pickled "
+            "objects, so "
             "it could not be restored",
             fix="return its parts from state_dict() instead, and rebuild it in load_state_dict()",
         )
@@ -227,7 +240,8 @@ class _Decoder:
             return {key: self.decode(item) for key, item in entry.items()}
         if entry[_MARK] not in self.kinds:
             raise CheckpointError(
-                f"one of the kinds {sorted(self.kinds)} was expected, but {entry[_MARK]!r} came: the checkpoint "
+                f"one of the kinds {sorted(self.kinds)} was expected, but {entry[_MARK]!r} came: the "
+                "checkpoint "
                 "was written by a version of tbptt that knows more",
                 fix="pip install --upgrade tbptt",
             )
@@ -238,14 +252,16 @@ class _Decoder:
         found = _find_class(module, qualname)
         if found is None:
             raise CheckpointError(
-                f"the checkpoint holds a named tuple {entry['class']}, but no such class has been imported, and "
+                f"the checkpoint holds a named tuple {entry['class']}, but no such class has been "
+                "imported, and "
                 "reading a checkpoint imports nothing",
                 fix=f"import {module} before resuming",
             )
         fields = getattr(found, "_fields", None)
         if not issubclass(found, tuple) or fields != tuple(entry["fields"]):
             raise CheckpointError(
-                f"{entry['class']} was expected to be a named tuple with the fields {entry['fields']}, but has "
+                f"{entry['class']} was expected to be a named tuple with the fields {entry['fields']}, "
+                "but has "
                 f"{fields and list(fields)}: its values would get other meanings",
                 fix=f"resume with the {qualname} that the run was started with",
             )
@@ -267,7 +283,8 @@ class _Decoder:
     def stored(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(
-                f"a tensor {name!r} was expected among {len(self.tensors)} stored ones, but is not there: the "
+                f"a tensor {name!r} was expected among {len(self.tensors)} stored ones, but is not there: "
+                "the "
                 "files of this checkpoint do not belong together",
                 fix="resume from another checkpoint",
             )

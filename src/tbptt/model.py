@@ -7,7 +7,8 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -157,6 +158,13 @@ def with_parameters(model: nn.Module, parameters: dict[str, Tensor], function: C
     return torch.func.functional_call(_Host(model), renamed, (function,))
 
 
+@contextmanager
+def fork_random(device: torch.device) -> Iterator[None]:
+    """Leave the random generators, of the CPU and of `device`, as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def initial_state(model: nn.Module, lanes: int) -> Tree | None:
     """Return the model's own initial state for `lanes` lanes; None when it has none of its own."""
     return model.initial_state(lanes) if isinstance(model, HasInitialState) else None
@@ -183,7 +191,7 @@ def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:
     shapes = []
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     lanes = tensors(inputs)[0].shape[1]
-    with torch.random.fork_rng(), torch.no_grad():
+    with fork_random(tensors(inputs)[0].device), torch.no_grad():
         try:
             for sample, size in ((one, lanes), (more, lanes + 1)):
                 _, state = split_result(model, model(sample, initial_state(model, size)))

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tbptt.model import with_parameters
+from tbptt.model import fork_random, with_parameters
 from tbptt.tree import LaneDims, Tree, as_leaves, detach, differentiable
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -244,8 +244,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 @contextmanager
 def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Draw the random numbers that were drawn then, and leave the generators as they are now."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with fork_random(device):
         torch.set_rng_state(states[0].cpu())
         for state in states[1:]:
             torch.cuda.set_rng_state(state.cpu(), device)
