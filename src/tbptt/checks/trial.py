@@ -84,14 +84,15 @@ class Trial:
             whole, again = self._run(self.window, None)[0], self._run(self.window, None)[0]
             noise = _apart(whole, again)
             apart = {label: _apart(whole, self._chunks(plan)) for label, plan in self._plans().items()}
-            forgetful = _apart(whole, self._chunks(self._plans()["chunks"], forget=True))
+            chunks = self._chunks(self._plans()["chunks"])
+            forgets = _apart(chunks, self._chunks(self._plans()["chunks"], forget=True)) <= self.tolerance
         if noise > self.tolerance:
             cause = "its outputs are random even in eval mode"
             return CheckItem(name, False, _row({"twice": noise}), cause, "draw nothing unless self.training")
         if max(apart.values()) <= self.tolerance:
             return CheckItem(name, True, _row(apart))
         cause = "its outputs depend on where the sequence is cut: the state does not hold all that is needed"
-        if abs(forgetful - apart["chunks"]) <= self.tolerance:
+        if forgets:
             cause = "it forgets to pass its state on: each chunk is computed as if it were a fresh start"
         return CheckItem(name, False, _row(apart), cause, "outputs, state = self.core(inputs, state)")
 
@@ -102,15 +103,17 @@ class Trial:
             begin = self.window.steps - plans["chunks"][-1]
             wanted = self._gradient(self._run(self.window, None)[0], begin)
             apart = {label: _distance(wanted, self._gradient(self._chunks(plan), begin)) for label, plan in plans.items()}
-            cut = _distance(wanted, self._gradient(self._chunks(plans["chunks"], cut=True), begin))
+            through = self._gradient(self._chunks(plans["chunks"]), begin)
+            detached = self._gradient(self._chunks(plans["chunks"], cut=True), begin)
         fix = "return the state itself, not state.detach(): the library cuts the graph where it has to"
-        if cut <= self.tolerance:
+        apart_cut = _distance(wanted, detached)
+        if apart_cut <= self.tolerance:
             cause = "no gradient comes from before the chunk, in one pass neither: it detaches its state inside"
-            return CheckItem(name, False, _row({"past against no past": cut}), cause, fix)
+            return CheckItem(name, False, _row({"past against no past": apart_cut}), cause, fix)
         if max(apart.values()) <= self.tolerance:
             return CheckItem(name, True, _row(apart))
         cause = "its gradient depends on where the sequence is cut"
-        if abs(apart["chunks"] - cut) <= self.tolerance:
+        if _distance(detached, through) <= self.tolerance:
             cause = "it detaches the state that it takes or returns: no gradient crosses a boundary"
         return CheckItem(name, False, _row(apart), cause, fix)
 
