@@ -3,8 +3,14 @@
 from tbptt.checks import CheckReport, check
 from tbptt.errors import TbpttError
 from tbptt.estimators import TBPTT, Carry, Estimate, Estimator
+from tbptt.evaluate import evaluate
+from tbptt.guards import ClipNorm, ClipValue, Guard, NonFinite
 from tbptt.loss import Loss
 from tbptt.model import scan
+from tbptt.models import SequenceModel
+from tbptt.monitors import MetricsFile, Monitor, Progress, TensorBoard
+from tbptt.streams import ArrayStream, Stream, TextStream
+from tbptt.trainer import HeldOut, Saving, Summary, Trainer
 from tbptt.tree import Tree
 from tbptt.window import Window
 
@@ -12,14 +18,31 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TBPTT",
+    "ArrayStream",
     "Carry",
     "CheckReport",
+    "ClipNorm",
+    "ClipValue",
     "Estimate",
     "Estimator",
+    "Guard",
+    "HeldOut",
     "Loss",
+    "MetricsFile",
+    "Monitor",
+    "NonFinite",
+    "Progress",
+    "Saving",
+    "SequenceModel",
+    "Stream",
+    "Summary",
     "TbpttError",
+    "TensorBoard",
+    "TextStream",
+    "Trainer",
     "Tree",
     "Window",
     "check",
+    "evaluate",
     "scan",
 ]

@@ -214,21 +214,6 @@ class _Decoder:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.built: dict[str, Tensor] = {}
-        self.kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "int": lambda entry: int(entry["hex"], 16),
-            "float": lambda entry: struct.unpack(">d", bytes.fromhex(entry["bits"]))[0],
-            "complex": lambda entry: complex(*struct.unpack(">2d", bytes.fromhex(entry["bits"]))),
-            "str": lambda entry: bytes.fromhex(entry["hex"]).decode(*_SURROGATES),
-            "bytes": lambda entry: bytes.fromhex(entry["hex"]),
-            "dict": lambda entry: {self.decode(key): self.decode(item) for key, item in entry["items"]},
-            "ordered": lambda entry: OrderedDict((self.decode(k), self.decode(v)) for k, v in entry["items"]),
-            "tuple": lambda entry: tuple(map(self.decode, entry["items"])),
-            "size": lambda entry: torch.Size(entry["items"]),
-            "namedtuple": self.named_tuple,
-            "tensor": self.tensor,
-            "array": self.array,
-            "scalar": lambda entry: np.frombuffer(bytes.fromhex(entry["hex"]), entry["dtype"])[0],
-        }
 
     def decode(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -238,14 +223,14 @@ class _Decoder:
         entry = cast("dict[str, Any]", value)
         if _MARK not in entry:
             return {key: self.decode(item) for key, item in entry.items()}
-        if entry[_MARK] not in self.kinds:
+        if entry[_MARK] not in _KINDS:
             raise CheckpointError(
-                f"one of the kinds {sorted(self.kinds)} was expected, but {entry[_MARK]!r} came: the "
+                f"one of the kinds {sorted(_KINDS)} was expected, but {entry[_MARK]!r} came: the "
                 "checkpoint "
                 "was written by a version of tbptt that knows more",
                 fix="pip install --upgrade tbptt",
             )
-        return self.kinds[entry[_MARK]](entry)
+        return _KINDS[entry[_MARK]](self, entry)
 
     def named_tuple(self, entry: dict[str, Any]) -> Any:
         module, _, qualname = str(entry["class"]).partition(":")
@@ -289,6 +274,28 @@ class _Decoder:
                 fix="resume from another checkpoint",
             )
         return self.tensors[name]
+
+
+# Out here, and not in each decoder: a reference to itself would keep the files mapped until a collection.
+_KINDS: dict[str, Callable[[_Decoder, dict[str, Any]], Any]] = {
+    "int": lambda decoder, entry: int(entry["hex"], 16),
+    "float": lambda decoder, entry: struct.unpack(">d", bytes.fromhex(entry["bits"]))[0],
+    "complex": lambda decoder, entry: complex(*struct.unpack(">2d", bytes.fromhex(entry["bits"]))),
+    "str": lambda decoder, entry: bytes.fromhex(entry["hex"]).decode(*_SURROGATES),
+    "bytes": lambda decoder, entry: bytes.fromhex(entry["hex"]),
+    "dict": lambda decoder, entry: {
+        decoder.decode(key): decoder.decode(item) for key, item in entry["items"]
+    },
+    "ordered": lambda decoder, entry: OrderedDict(
+        (decoder.decode(k), decoder.decode(v)) for k, v in entry["items"]
+    ),
+    "tuple": lambda decoder, entry: tuple(map(decoder.decode, entry["items"])),
+    "size": lambda decoder, entry: torch.Size(entry["items"]),
+    "namedtuple": _Decoder.named_tuple,
+    "tensor": _Decoder.tensor,
+    "array": _Decoder.array,
+    "scalar": lambda decoder, entry: np.frombuffer(bytes.fromhex(entry["hex"]), entry["dtype"])[0],
+}
 
 
 _SURROGATES = ("utf-8", "surrogatepass")

@@ -20,7 +20,7 @@ from tbptt.window import Window
 
 __all__ = ["Loss", "StepLoss"]
 
-Loss: TypeAlias = Callable[[Tree, Tree], Tensor]
+Loss: TypeAlias = "Callable[[Tree, Tree], Tensor] | StepLoss"
 """`loss(outputs, targets)` -> losses by step, shape (T, B); or one of torch.nn's own losses."""
 
 _BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
@@ -55,7 +55,7 @@ class StepLoss:
         ignored: a target value that does not count (`ignore_index` of torch's losses), or None.
     """
 
-    losses: Loss
+    losses: Callable[[Tree, Tree], Tensor]
     ignored: int | None = None
 
     @staticmethod
@@ -108,8 +108,8 @@ class StepLoss:
         valid = window.mask & (targets != self.ignored)
         return valid, int(valid.sum())
 
-    def total(self, outputs: Tree, window: Window) -> tuple[Tensor, int]:
-        """Return the sum of the losses over the window's valid targets, 0-dim, and their number.
+    def by_step(self, outputs: Tree, window: Window) -> tuple[Tensor, Tensor]:
+        """Return the losses, zero where a target does not count, and which do; shapes (T, B).
 
         The loss never sees a target that the mask leaves out: it is set to zero first, so that a NaN
         that stands for a missing value cannot reach the gradient.
@@ -124,9 +124,11 @@ class StepLoss:
         losses = self.losses(outputs, targets)
         if not isinstance(losses, Tensor) or losses.shape != valid.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise _wrong_shape(losses, valid)
-        if count < valid.numel():
-            losses = torch.where(valid, losses, 0.0)
-        return losses.sum(), count
+        return (losses if count == valid.numel() else torch.where(valid, losses, 0.0)), valid
+
+    def total(self, outputs: Tree, window: Window) -> tuple[Tensor, int]:
+        """Return the sum of the losses over the window's valid targets, 0-dim, and their number."""
+        return self.by_step(outputs, window)[0].sum(), self.valid(window)[1]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ import torch
 
 from tbptt.errors import CheckpointWarning
 
-__all__ = ["random_state", "set_random_state"]
+__all__ = ["random_state", "seed_everything", "set_random_state"]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's, numpy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -277,7 +277,7 @@ class _Run:
         chain = [*_last(self.model, self.carry.retained, k2 - steps, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = self.num_terms
-        pulled = self._pull(live, [list(segment.weights.values()) for segment in chain], injected, keep=True)
+        pulled = self._pull(live, [[segment.weights[name] for name in self.names] for segment in chain], injected, keep=True)
         lookback = sum(segment.steps for segment in chain)
         carry = replace(self.carry, state=state, retained=_kept(chain, k1, k2))
         return self._estimate(pulled, injected, lookback), carry

@@ -5,6 +5,7 @@ Letters: N rows of the recording, T time, B lanes.
 
 from __future__ import annotations
 
+import cmath
 import math
 import mmap
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tbptt.errors import ConfigError, EndOfStream, NonFiniteError, ShapeError, StreamError
 from tbptt.streams.base import Stream, check_steps
-from tbptt.tree import Tree, tensors
+from tbptt.tree import Tree
 from tbptt.window import Window
 
 __all__ = ["ArrayStream", "Mapped", "split_rows"]
@@ -107,9 +108,7 @@ class ArrayStream(Stream):
     ) -> None:
         self.lanes = check_whole("lanes", lanes, 1)
         if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(
-                f"dtype is that of the floating leaves, but {dtype} came", fix="dtype=torch.float32"
-            )
+            raise ConfigError(f"a floating dtype was expected, but {dtype} came", fix="dtype=torch.float32")
         self._inputs = _Leaves("inputs", inputs, dtype)
         self._targets = None if targets is None else _Leaves("targets", targets, dtype)
         leaves = self._inputs.all + (self._targets.all if self._targets else [])
@@ -118,18 +117,17 @@ class ArrayStream(Stream):
             raise StreamError(
                 f"at least one row for each of the {lanes} lanes was expected, but the recording has "
                 f"{self.rows}: a lane without a step cannot be read",
-                fix=f"lanes={self.rows}"
-                if self.rows
-                else "check where the recording comes from: it is empty",
+                fix=f"lanes={self.rows}" if self.rows else "look where it comes from: it is empty",
             )
         self._mask = _flags("mask", mask, self.rows)
         self._reset = _flags("reset", reset, self.rows)
         bounds = np.arange(lanes + 1, dtype=np.int64) * self.rows // lanes
         self._first, self._final = bounds[:-1], bounds[1:] - 1
         self._short = self.rows // lanes  # the steps that every lane has
-        self._mappings = _mappings([leaf.array for leaf in leaves])
+        self._mappings = mapped_files([leaf.array for leaf in leaves])
         self._row_bytes = sum(leaf.row_bytes for leaf in leaves)
         self._unreleased = 0
+        self._device = leaves[0].gather(self._first[:, None]).device
         self._position = 0
 
     @property
@@ -170,19 +168,14 @@ class ArrayStream(Stream):
         counted = None if self._mask is None and real is None else mask
         inputs = self._inputs.read(rows, None, begin)
         targets = None if self._targets is None else self._targets.read(rows, counted, begin)
-        if self._mappings:
-            self._release_now_and_then(rows.size * self._row_bytes)
-        flags = torch.from_numpy(mask), torch.from_numpy(reset)
-        device = tensors(inputs)[0].device
-        if device.type != "cpu":
-            flags = flags[0].to(device), flags[1].to(device)
-        return Window(inputs, targets, *flags, begin)
-
-    def _release_now_and_then(self, num_bytes: int) -> None:
-        self._unreleased += num_bytes
+        self._unreleased += rows.size * self._row_bytes
         if self._unreleased > _RELEASE_BYTES:
             release(self._mappings)
             self._unreleased = 0
+        flags = torch.from_numpy(mask), torch.from_numpy(reset)
+        if self._device.type != "cpu":
+            flags = flags[0].to(self._device), flags[1].to(self._device)
+        return Window(inputs, targets, *flags, begin)
 
     def rewind(self) -> None:
         """Go back to the first step: the next pass over the same rows."""
@@ -207,9 +200,7 @@ class ArrayStream(Stream):
                 )
         position = state.get("position")
         if not isinstance(position, int) or not 0 <= position <= self.steps:
-            raise StreamError(
-                f"a position from 0 to {self.steps} was expected, but the state has {position!r}"
-            )
+            raise StreamError(f"a position from 0 to {self.steps} was expected, but {position!r} came")
         self._position = position
 
 
@@ -233,52 +224,56 @@ class _Leaf:
         function = None
         if isinstance(source, Mapped):
             source, function = source.array, source.function
-        if not isinstance(source, Tensor | np.ndarray) or source.ndim == 0:
+        if not isinstance(source, Tensor | np.ndarray) or not source.ndim:
             raise ShapeError(
                 f"{name} was expected to be a tensor or numpy array of shape (N, ...), but is {source!r:.60}",
-                fix=f"{name} = np.asarray({name})",
+                fix="np.asarray(...) around the numbers: a list or tuple is taken as a tree of arrays",
             )
         row_bytes = math.prod(source.shape[1:]) * source.itemsize
         if isinstance(source, Tensor):
-            return _Leaf(name, len(source), row_bytes, _gather_tensor(source.detach(), dtype), None)
+            source, dtype = source.detach(), dtype or source.dtype
+            if source.device.type != "cpu" or source.dtype == torch.bfloat16:  # numpy cannot look at these
+                return _Leaf(name, len(source), row_bytes, _gather_tensor(source, dtype), None)
+            source = source.resolve_conj().resolve_neg().numpy()
         gather = _gather_array(name, source, function, dtype or torch.get_default_dtype())
         return _Leaf(name, len(source), row_bytes, gather, source)
 
-    def check_finite(self, values: Tensor, counted: Array | None, rows: Array, begin: int) -> None:
-        """Refuse NaN and infinity where they count.
+    def read(self, rows: Array, counted: Array | None, begin: int) -> Tensor:
+        """Return the rows, refusing NaN and infinity where they count.
 
         Raises:
             NonFiniteError: with the place of the first one.
         """
-        chosen = values if counted is None else values[torch.from_numpy(counted).to(values.device)]
-        # a sum is finite only if all its terms are; where finite terms overflow it, the slow look decides
-        if values.is_floating_point() and math.isfinite(chosen.sum().item()):
-            return
+        values = self.gather(rows)
+        if values.is_floating_point() or values.is_complex():
+            chosen = values if counted is None else values[torch.from_numpy(counted).to(values.device)]
+            # a sum is finite only if all its terms are; where finite terms overflow it, a slow look decides
+            if not cmath.isfinite(chosen.sum().item()):
+                self._refuse(values, counted, rows, begin)
+        return values
+
+    def _refuse(self, values: Tensor, counted: Array | None, rows: Array, begin: int) -> None:
         bad = ~torch.isfinite(values)
         if counted is not None:
-            shape = (*counted.shape, *(1,) * (values.ndim - 2))
-            bad &= torch.from_numpy(counted).to(values.device).view(shape)
+            bad[~torch.from_numpy(counted).to(values.device)] = False
         places: list[list[int]] = bad.nonzero()[:1].tolist()
         if not places:
             return
         step, lane, *column = places[0]
         where = f", column {column[0] if len(column) == 1 else tuple(column)}" if column else ""
-        fix = (
-            f"mask = np.isfinite({self.name}), one value a row; ArrayStream(..., mask=mask)"
-            if self.name.startswith("targets")
-            else f"fill in or cut out the rows of {self.name} where np.isfinite is False"
-        )
+        inputs_fix = f"fill in or cut out the rows of {self.name} where np.isfinite is False"
+        targets_fix = f"mask = np.isfinite({self.name}), one value a row; ArrayStream(..., mask=mask)"
         raise NonFiniteError(
             f"finite numbers were expected, but {self.name} holds {values[tuple(places[0])].item()} at row "
             f"{rows[step, lane]} of the recording (lane {lane}, step {begin + step}{where}): "
             "one such number makes every weight of the model NaN",
-            fix=fix,
+            fix=inputs_fix if self.name.startswith("inputs") else targets_fix,
         )
 
 
-def _gather_tensor(source: Tensor, dtype: torch.dtype | None) -> Callable[[Array], Tensor]:
+def _gather_tensor(source: Tensor, dtype: torch.dtype) -> Callable[[Array], Tensor]:
     whole = not (source.is_floating_point() or source.is_complex() or source.dtype == torch.bool)
-    target = torch.int64 if whole else dtype if dtype and source.is_floating_point() else source.dtype
+    target = dtype if source.is_floating_point() else torch.int64 if whole else source.dtype
     return lambda rows: source[torch.from_numpy(rows)].to(target)
 
 
@@ -289,13 +284,8 @@ def _gather_array(
     sample = view[:1]
     found = sample.dtype if function is None or not len(sample) else function(sample).dtype
     # of this machine's byte order, and not wider than torch has them
-    natives = {
-        "b": "?",
-        "i": "i8",
-        "u": "i8",
-        "f": f"f{min(found.itemsize, 8)}",
-        "c": f"c{min(found.itemsize, 16)}",
-    }
+    width = min(found.itemsize, 16 if found.kind == "c" else 8)
+    natives = {"b": "?", "i": "i8", "u": "i8", "f": f"f{width}", "c": f"c{width}"}
     if found.kind not in natives:
         raise ShapeError(
             f"numbers were expected in {name}, but its dtype is {found}, which no tensor can have",
@@ -323,15 +313,14 @@ class _Leaves:
         leaves, self._spec = optree.tree_flatten(tree)
         paths = ["".join(f"[{part!r}]" for part in path) for path in optree.tree_paths(tree)]
         self.all = [_Leaf.of(name + path, leaf, dtype) for path, leaf in zip(paths, leaves, strict=True)]
+        self._bare = self._spec.is_leaf()
         if not self.all:
             raise ShapeError(f"{name} was expected to hold an array of shape (N, ...), but holds none")
 
     def read(self, rows: Array, counted: Array | None, begin: int) -> Tree:
-        values = [leaf.gather(rows) for leaf in self.all]
-        for leaf, value in zip(self.all, values, strict=True):
-            if value.is_floating_point() or value.is_complex():
-                leaf.check_finite(value, counted, rows, begin)
-        return values[0] if self._spec.is_leaf() else optree.tree_unflatten(self._spec, values)
+        if self._bare:  # the common case, and half the time
+            return self.all[0].read(rows, counted, begin)
+        return optree.tree_unflatten(self._spec, [leaf.read(rows, counted, begin) for leaf in self.all])
 
 
 def _common_rows(leaves: list[_Leaf]) -> int:
@@ -359,7 +348,7 @@ def _flags(name: str, flags: Tensor | Array | None, rows: int) -> Array | None:
     return values
 
 
-def _mappings(arrays: list[Array | None]) -> list[mmap.mmap]:
+def mapped_files(arrays: list[Array | None]) -> list[mmap.mmap]:
     """Return the mapped files below the arrays whose pages can be read again at any time."""
     found: dict[int, mmap.mmap] = {}
     for array in arrays:
@@ -370,7 +359,6 @@ def _mappings(arrays: list[Array | None]) -> list[mmap.mmap]:
                 # mode "c" holds private changes in its pages, which giving back would undo
                 if mapping is not None and base.mode != "c":
                     found[id(mapping)] = mapping
-                break
             base = base.base
     return list(found.values())
 

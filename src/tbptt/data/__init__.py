@@ -1,0 +1,1 @@
+"""The recordings that ship with the package; README.md beside this file names their licences."""

@@ -1,0 +1,68 @@
+"""A model on a held-out stream, with a state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from tbptt.errors import ConfigError
+from tbptt.loss import Loss, StepLoss
+from tbptt.metrics import Metric
+from tbptt.model import find_lane_dims, fork_random
+from tbptt.streams.base import Stream
+from tbptt.unroll import unroll
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: nn.Module, loss: Loss, stream: Stream, metrics: Mapping[str, Metric] | None = None, *, steps: int = 256
+) -> dict[str, float]:
+    """Run `model` once over all of `stream`, carrying its state, and measure.
+
+    In eval mode and without a graph; the training mode, the random generators and every other stream's state
+    are afterwards as they were. The stream is rewound before and after.
+
+    Args:
+        model: the model.
+        loss: as for training.
+        stream: the held-out stream.
+        metrics: further numbers, by name.
+        steps: how many steps at a time; the result does not depend on it.
+
+    Returns:
+        "loss", sum / count over all valid targets; "targets", their number; and the metrics.
+
+    Raises:
+        ConfigError: the stream has no valid target.
+
+    Cost: one forward pass; memory of `steps` steps.
+    """
+    step_loss, metrics = StepLoss.of(loss), metrics or {}
+    device = next(model.parameters()).device
+    state, dims, total, count = None, None, 0.0, 0
+    for each in metrics.values():
+        each.start()
+    training = model.training
+    model.eval()
+    stream.rewind()
+    try:
+        with torch.no_grad(), fork_random(device):
+            for window in stream.windows(steps):
+                window = window.to(device)
+                dims = find_lane_dims(model, window.inputs) if dims is None else dims
+                outputs, state = unroll(model, window, state, dims)
+                losses, valid = step_loss.by_step(outputs, window)
+                counted = losses[valid]
+                total += float(counted.double().sum())
+                count += counted.numel()
+                for each in metrics.values():
+                    each.see(outputs, counted, window)
+    finally:
+        model.train(training)
+        stream.rewind()
+    if not count:
+        raise ConfigError("the held-out stream has no target that counts, so there is nothing to measure")
+    return {"loss": total / count, "targets": float(count)} | {name: each.result() for name, each in metrics.items()}

@@ -1,0 +1,345 @@
+"""The training loop: stream, estimate, guards, optimizer, monitors, checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from tbptt.checkpoint import Checkpoints, Loaded
+from tbptt.checks import check
+from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
+from tbptt.estimators.base import Carry, Estimate, Estimator
+from tbptt.evaluate import evaluate
+from tbptt.guards.base import Guard
+from tbptt.guards.nonfinite import NonFinite
+from tbptt.interrupts import Interrupts
+from tbptt.loss import Loss, StepLoss
+from tbptt.metrics import Metric
+from tbptt.monitors.base import Monitor, Plan, Update, Validation
+from tbptt.monitors.metrics import MetricsFile, TimingFile
+from tbptt.randomness import random_state, seed_everything, set_random_state
+from tbptt.streams.base import Stream
+from tbptt.tree import all_finite, to
+from tbptt.window import Window
+
+__all__ = ["HeldOut", "Saving", "Summary", "Trainer"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A stream to validate on, with a state of its own.
+
+    Args:
+        stream: the stream; never the one that is trained on.
+        every: updates between two validations; there is one at the end of a run as well.
+        metrics: what to measure besides the loss, by name.
+    """
+
+    stream: Stream
+    every: int = 1000
+    metrics: Mapping[str, Metric] = field(default_factory=dict[str, Metric])
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When to write checkpoints.
+
+    Args:
+        every: updates between two checkpoints; there is one at the end of a run as well.
+        keep: how many are kept.
+    """
+
+    every: int = 1000
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Args:
+        updates: made in all, those before a resume included.
+        passes: over the stream, completed.
+        stopped_by: the signal that ended it early, "SIGINT" or "SIGTERM"; empty for none.
+        validation: the last metrics on the held-out stream; empty for none.
+    """
+
+    updates: int
+    passes: int
+    stopped_by: str
+    validation: dict[str, float]
+
+
+class Trainer:
+    """Trains a model on a stream, and goes on where it stopped.
+
+    It holds no mathematics: the estimator makes the gradient, the guards may change or refuse it, the
+    optimizer uses it, the monitors watch. A resumed run is, bit for bit, one that never stopped.
+
+    Args:
+        model: any `model(inputs, state) -> (outputs, state)`; `tbptt.check` must let it pass.
+        loss: losses by step, or one of torch.nn's own.
+        optimizer: over the model's parameters.
+        estimator: how the gradient is made, for example `TBPTT(k1=64, k2=64)`.
+        stream: where the windows come from.
+        guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`.
+        monitors: besides the files that are written whenever there is a directory.
+        directory: where checkpoints, metrics.jsonl and timing.jsonl go; left out: nothing is written.
+        seed: of all random generators, when the run begins.
+        scheduler: of torch; steps once an update (ReduceLROnPlateau: once a validation).
+        held_out: what to validate on.
+        saving: when to write checkpoints.
+        checked: whether to check the model first. Leave it on.
+
+    Example:
+        >>> from tbptt.estimators import TBPTT
+        >>> from tbptt.streams import ArrayStream
+        >>> model = nn.RNN(1, 1)
+        >>> stream = ArrayStream(torch.randn(80, 1), torch.randn(80, 1), lanes=2)
+        >>> adam = torch.optim.Adam(model.parameters())
+        >>> Trainer(model, nn.MSELoss(), adam, TBPTT(k1=8, k2=8), stream).run(passes=2).updates
+        10
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        estimator: Estimator,
+        stream: Stream,
+        *,
+        guards: Sequence[Guard] | None = None,
+        monitors: Sequence[Monitor] = (),
+        directory: str | Path | None = None,
+        seed: int = 0,
+        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        held_out: HeldOut | None = None,
+        saving: Saving | None = None,
+        checked: bool = True,
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, StepLoss.of(loss), optimizer
+        self.estimator, self.stream, self.seed, self.checked = estimator, stream, seed, checked
+        self.guards = [NonFinite("raise")] if guards is None else list(guards)
+        self.scheduler, self.held_out, self.saving = scheduler, held_out, saving or Saving()
+        if isinstance(scheduler, ReduceLROnPlateau) and held_out is None:
+            raise ConfigError(
+                "ReduceLROnPlateau needs a validation loss to watch, but there is no held-out stream",
+                fix="Trainer(..., held_out=HeldOut(stream, every=1000))",
+            )
+        self.checkpoints: Checkpoints | None = None
+        self.monitors = list(monitors)
+        if directory is not None:
+            run = Path(directory)
+            self.checkpoints = Checkpoints(run / "checkpoints", keep=self.saving.keep)
+            self.monitors += [MetricsFile(run / "metrics.jsonl"), TimingFile(run / "timing.jsonl")]
+        self.device = next(model.parameters()).device
+        self.carry: Carry = estimator.init(model, stream.lanes)
+        self.updates = self.passes = 0
+        self.validated: tuple[int, dict[str, float]] = (-1, {})
+        self._place = stream.state_dict()  # where a resumed run would go on reading
+        self._begun = False
+        self._saved: object = None
+
+    def run(self, updates: int | None = None, passes: int | None = None) -> Summary:
+        """Train until so many updates, or passes over the stream, have been made in all.
+
+        Resumes by itself when the directory holds a checkpoint. Whatever ends the run - the end, a signal,
+        an error - the last complete update is in a checkpoint afterwards.
+
+        Args:
+            updates: the number of updates after which to stop, earlier runs included.
+            passes: the number of passes over the stream after which to stop, likewise.
+
+        Raises:
+            ConfigError: neither is given.
+            CheckError: the model does not carry its state.
+            CheckpointError: the directory holds another run, or no sound checkpoint.
+        """
+        if updates is None and passes is None:
+            raise ConfigError("it is not said when to stop", fix="trainer.run(updates=10_000)")
+        self._begin(Plan(self.updates, updates, self.stream.lanes))
+        with Interrupts() as interrupts:
+            try:
+                while not interrupts.name and (updates is None or self.updates < updates):
+                    window = self._read(passes)
+                    if window is None:
+                        break
+                    self._update(window)
+                    if self.held_out is not None and self.updates % self.held_out.every == 0:
+                        self._validate(self.held_out)
+                    if self.updates % self.saving.every == 0:
+                        self._save()
+                if self.held_out is not None and not interrupts.name and self.validated[0] != self.updates:
+                    self._validate(self.held_out)
+            finally:
+                self._save()
+                for monitor in self.monitors:
+                    monitor.end()
+        return Summary(self.updates, self.passes, interrupts.name, self.validated[1])
+
+    def _begin(self, plan: Plan) -> None:
+        """Check the model, and resume or start; a second `run` just goes on."""
+        if not self._begun:
+            loaded = None if self.checkpoints is None else self.checkpoints.load_latest()
+            if loaded is None:
+                seed_everything(self.seed)
+            else:
+                self._restore(loaded)
+            if self.checked:
+                self._check()
+            self._begun = True
+        for monitor in self.monitors:
+            monitor.begin(replace(plan, update=self.updates))
+        if self.updates == 0:
+            self._save()  # so that there is something to resume from, and what cannot be saved is found at once
+
+    def _check(self) -> None:
+        self.stream.rewind()
+        try:
+            example = self.stream.read(24).to(self.device)
+        finally:
+            self.stream.load_state_dict(self._place)
+        check(self.model, example, self.estimator).raise_if_failed()
+
+    def _read(self, passes: int | None) -> Window | None:
+        """Return the next window, of this pass or of the next; None when the passes are over."""
+        steps = self.estimator.next_steps(self.carry)
+        for rewound in (False, True):
+            if passes is not None and self.passes >= passes:
+                return None
+            try:
+                return self.stream.read(steps)
+            except EndOfStream as end:
+                if rewound:
+                    raise StreamError("the stream has no steps, not even after rewind()") from end
+                self.stream.rewind()
+                self.passes += 1
+                self._place = self.stream.state_dict()
+        raise AssertionError("unreachable")
+
+    def _update(self, window: Window) -> None:
+        raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window.to(self.device))
+        estimate = self._guard(raw)
+        applied = estimate is not None and estimate.num_injected > 0
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        if applied:
+            estimate.apply(self.model)
+            self.optimizer.step()
+            if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step()
+        if estimate is not None or all_finite(carry.state):
+            self.carry = carry  # else: a refused window that broke the state counts as never seen
+        self.updates += 1
+        self._place = self.stream.state_dict()
+        update = Update(
+            number=self.updates,
+            passes=self.passes,
+            position=window.start + window.steps,
+            steps=window.steps,
+            lanes=window.lanes,
+            estimate=estimate or raw,
+            applied=applied,
+            learning_rate=rate,
+        )
+        for monitor in self.monitors:
+            monitor.update(update)
+
+    def _guard(self, estimate: Estimate) -> Estimate | None:
+        for guard in self.guards:
+            guarded = guard(estimate)
+            if guarded is None:
+                return None
+            estimate = guarded
+        return estimate
+
+    def _validate(self, held_out: HeldOut) -> None:
+        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics)
+        self.validated = (self.updates, metrics)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(metrics["loss"])
+        for monitor in self.monitors:
+            monitor.validation(Validation(self.updates, metrics))
+
+    def _save(self) -> None:
+        """Write a checkpoint; a disk that does not take it is warned of, and training goes on."""
+        now = (self.updates, self.passes, self.validated[0])
+        if self.checkpoints is None or not self._begun or self._saved == now:
+            return
+        try:
+            self.checkpoints.save(self.updates, self._state(), self.model.state_dict())
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, (OSError, SafetensorError)):
+                raise
+            warnings.warn(f"NO CHECKPOINT at update {self.updates}: {error}", CheckpointWarning, stacklevel=3)
+        else:
+            self._saved = now
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "about": self._about(),
+            "updates": self.updates,
+            "passes": self.passes,
+            "validated": self.validated,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "carry": self.carry.state_dict(),
+            "stream": self._place,
+            "random": random_state(),
+            "guards": [guard.state_dict() for guard in self.guards],
+            "monitors": {name: monitor.state_dict() for name, monitor in self._named_monitors()},
+        }
+
+    def _about(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {
+            "estimator": repr(self.estimator),
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__,
+            "guards": ", ".join(type(guard).__name__ for guard in self.guards),
+            "weights": ", ".join(f"{name}{list(each.shape)}" for name, each in self.model.state_dict().items()),
+        }
+
+    def _restore(self, loaded: Loaded) -> None:
+        state, here = loaded.state, self._about()
+        for name, there in state["about"].items():
+            if there != here[name]:
+                raise CheckpointError(
+                    f"{loaded.path} belongs to another run: its {name} was expected to be {here[name]}, "
+                    f"but is {there}. Going on from it would not be going on",
+                    fix="give the trainer another directory, or what the run was started with",
+                )
+        self.model.load_state_dict(loaded.model_state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.carry.load_state_dict(to(state["carry"], self.device))
+        self._place = state["stream"]
+        self.stream.load_state_dict(self._place)
+        self.updates, self.passes, self.validated = state["updates"], state["passes"], state["validated"]
+        for guard, remembered in zip(self.guards, state["guards"], strict=True):
+            guard.load_state_dict(remembered)
+        for name, monitor in self._named_monitors():
+            if name in state["monitors"]:
+                monitor.load_state_dict(state["monitors"][name])
+        set_random_state(state["random"])
+        self._saved = (self.updates, self.passes, self.validated[0])
+
+    def _named_monitors(self) -> list[tuple[str, Monitor]]:
+        """Return the monitors by names that do not change when another one is added."""
+        seen: Counter[str] = Counter()
+        named: list[tuple[str, Monitor]] = []
+        for monitor in self.monitors:
+            kind = type(monitor).__name__
+            seen[kind] += 1
+            named.append((f"{kind} {seen[kind]}", monitor))
+        return named
