@@ -58,7 +58,7 @@ class Estimate:
     def gradient_norm(self) -> Tensor:
         """Return the 2-norm of all gradients together, 0-dim."""
         if "gradient_norm" in self.metrics:  # measured by a guard, before it clipped
-            return torch.tensor(self.metrics["gradient_norm"])
+            return torch.tensor(self.metrics["gradient_norm"], dtype=torch.float64)
         return torch.nn.utils.get_total_norm(self.gradients.values())
 
     def with_gradients(self, gradients: dict[str, Tensor], **metrics: float) -> Estimate:

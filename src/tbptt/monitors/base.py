@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +58,8 @@ class Validation:
     metrics: dict[str, float]
 
 
-class Monitor(ABC):  # noqa: B024 - every method has a do-nothing default; a monitor overrides those it needs
-    """Observes and records; never changes anything."""
+class Monitor:
+    """Observes and records; never changes anything. Every method does nothing unless overridden."""
 
     def begin(self, plan: Plan) -> None:
         """Hear what the run is going to do."""

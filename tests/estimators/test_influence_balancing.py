@@ -115,7 +115,7 @@ def test_sensitivities_over_1_to_100_lags() -> None:
 
 
 @pytest.mark.parametrize("replay", ["recompute", "retain"])
-@pytest.mark.parametrize("lags", [1, 2, 10, 19, 20, 40, 41, 50, 100])
+@pytest.mark.parametrize("lags", [1, 2, 10, 41])
 def test_sensitivities_with_overlapping_windows(lags: int, replay: str) -> None:
     estimator = TBPTT(1, lags, replay=replay)  # type: ignore[arg-type]
     found = last(estimator, Influence(settled()), lags + 3, itself).gradients["theta"]
@@ -126,45 +126,77 @@ def test_sensitivities_with_overlapping_windows(lags: int, replay: str) -> None:
 def test_the_sign_is_wrong_at_40_lags_and_right_at_41(replay: str) -> None:
     """From the settled state: loss 8, and a true slope of (s - 1) S_oo = (-3 - 1)(-6) = 24."""
     slopes = {}
-    for lags in (40, 41, 200):
+    for lags in (40, 41):
         estimator = TBPTT(1, lags, replay=replay)  # type: ignore[arg-type]
         estimate = last(estimator, Influence(settled()), lags + 3)
         assert float(estimate.loss) == pytest.approx(8.0, abs=1e-9)
         slopes[lags] = float(estimate.gradients["theta"])
     assert slopes[40] == pytest.approx(-4 * 0.565538, abs=4e-6)
     assert slopes[41] == pytest.approx(4 * 0.218987, abs=4e-6)
-    assert slopes[200] == pytest.approx(24, abs=1e-9)
+    whole = TBPTT(200, 200)
+    model = Influence(settled())
+    window = windows(200, 200)[0]
+    window.mask[:-1] = False
+    estimate, _ = whole.estimate(model, to_one, whole.init(model, 1), window)
+    assert float(estimate.gradients["theta"]) == pytest.approx(24, abs=1e-9)
 
 
-def trained(k2: int, replay: str, *, before: bool) -> float:
-    """Return theta after 3000 updates, with or without the k2 - 1 steps before the first loss."""
+def trained(k2: int, replay: str, *, before: bool, updates: int = 3000) -> float:
+    """Return theta after training, with or without the k2 - 1 steps before the first loss."""
     model = Influence(ONES)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, foreach=False)
     estimator = TBPTT(1, k2, replay=replay)  # type: ignore[arg-type]
     carry = estimator.init(model, 1)
     holding = ONES - ONES @ torch.from_numpy(MATRIX.T) - 0.5 * torch.from_numpy(SIGNS)
     stream = windows(k2 - 1, 1, added=holding, counts=False) if before else []
-    for window in [*stream, *windows(3000, 1)]:
+    for window in [*stream, *windows(updates, 1)]:
         estimate, carry = estimator.estimate(model, to_one, carry, window)
         estimate.apply(model)
         optimizer.step()
     return model.theta.item()
 
 
-@pytest.mark.parametrize(("k2", "theta", "digits"), [(1, 3.2597, 4), (41, 0.2858, 4)])
-def test_training_rows(k2: int, theta: float, digits: int) -> None:
-    assert round(trained(k2, "retain", before=True), digits) == theta
+def by_hand(k2: int, replay: str, *, before: bool, updates: int = 3000) -> float:
+    """The same training without a network: the gradient is (s^(1) - 1) S_K, in NumPy and closed form."""
+    sums = influence_sums(k2)
+    early = k2 - 1 if before else 0
+    added = [np.ones(N) - MATRIX @ np.ones(N) - 0.5 * SIGNS] * early + [np.zeros(N)] * updates
+    states, theta = [np.ones(N)], 0.5
+    for t in range(len(added)):
+        lags = min(k2, t + 1)
+        for step in range(t + 1 - lags if replay == "recompute" else t, t + 1):
+            states[step + 1 :] = [MATRIX @ states[step] + theta * SIGNS + added[step]]
+        if t >= early:
+            theta -= 1e-4 * (states[-1][0] - 1) * sums[lags - 1]
+    return theta
+
+
+ROWS = [(1, 3.2597, 4), (10, 33_250, 0), (40, 1.5588, 4), (41, 0.2858, 4)]
+
+
+@pytest.mark.parametrize(("k2", "theta", "digits"), ROWS)
+def test_the_training_rows_by_hand(k2: int, theta: float, digits: int) -> None:
+    assert round(by_hand(k2, "retain", before=True), digits) == theta
+    if k2 > 1:  # the controls: no other reading gives these figures
+        assert round(by_hand(k2, "retain", before=False), digits) != theta
+        assert round(by_hand(k2, "recompute", before=True), digits) != theta
+        assert round(by_hand(k2, "recompute", before=False), digits) != theta
+
+
+@pytest.mark.parametrize("replay", ["recompute", "retain"])
+@pytest.mark.parametrize(("k2", "before"), [(10, True), (10, False), (40, True), (41, True)])
+def test_training_follows_the_rows_step_by_step(k2: int, before: bool, replay: str) -> None:
+    theta = trained(k2, replay, before=before, updates=60)
+    assert theta == pytest.approx(by_hand(k2, replay, before=before, updates=60), rel=1e-10)
+    other = "retain" if replay == "recompute" else "recompute"
+    assert abs(theta - by_hand(k2, other, before=before, updates=60)) > 1e-6  # the control
+
+
+def test_the_first_training_row() -> None:
+    assert round(trained(1, "retain", before=True), 4) == 3.2597
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("k2", "theta", "digits"), [(10, 33_250, 0), (40, 1.5588, 4)])
-def test_more_training_rows(k2: int, theta: float, digits: int) -> None:
+@pytest.mark.parametrize(("k2", "theta", "digits"), ROWS)
+def test_the_training_rows(k2: int, theta: float, digits: int) -> None:
     assert round(trained(k2, "retain", before=True), digits) == theta
-
-
-if __name__ == "__main__":
-    import time
-    for r in ("retain","recompute"):
-        for b in (True, False):
-            for k in (1, 10, 40, 41):
-                t=time.time(); print(r, b, k, trained(k, r, before=b), time.time()-t, flush=True)
