@@ -23,7 +23,8 @@ def evaluate(
     """Run `model` once over all of `stream`, carrying its state, and measure.
 
     In eval mode and without a graph; the training mode, the random generators and every other stream's state
-    are afterwards as they were. The stream is rewound before and after.
+    are afterwards as they were. The stream is rewound before, and put back there after: a stream with new data in
+    each pass shows the same ones every time.
 
     Args:
         model: the model.
@@ -48,6 +49,7 @@ def evaluate(
     training = model.training
     model.eval()
     stream.rewind()
+    start = stream.state_dict()
     try:
         with torch.no_grad(), fork_random(device):
             for window in stream.windows(steps):
@@ -62,7 +64,7 @@ def evaluate(
                     each.see(outputs, counted, window)
     finally:
         model.train(training)
-        stream.rewind()
+        stream.load_state_dict(start)
     if not count:
         raise ConfigError("the held-out stream has no target that counts, so there is nothing to measure")
     return {"loss": total / count, "targets": float(count)} | {name: each.result() for name, each in metrics.items()}

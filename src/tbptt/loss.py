@@ -6,6 +6,7 @@ Letters: T time, B lanes, C classes.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -72,8 +73,9 @@ class StepLoss:
         """
         if isinstance(loss, StepLoss):
             return loss
-        if loss in _FUNCTIONS:
-            return StepLoss.of(_FUNCTIONS[loss]())
+        for function, kind in _FUNCTIONS.items():
+            if loss is function:  # not by hash: a loss of the user's need not have one
+                return StepLoss.of(kind())
         if not isinstance(loss, nn.Module) or type(loss).__module__ != "torch.nn.modules.loss":
             if not callable(loss):
                 raise CapabilityError(
@@ -94,11 +96,10 @@ class StepLoss:
                 "targets, so that the learning rate does not depend on the window's length",
                 fix=f"torch.nn.{type(loss).__name__}(), and scale the learning rate if a sum is meant",
             )
-        unreduced = copy.copy(loss)
-        unreduced.reduction = "none"
         if isinstance(loss, _BY_CLASS):
-            return StepLoss(_ClassLoss(unreduced), cast("int | None", getattr(loss, "ignore_index", None)))
-        return StepLoss(_ElementLoss(unreduced))
+            by_class = _ClassLoss(_reduced(loss, "none"), _reduced(loss, "sum"))
+            return StepLoss(by_class, cast("int | None", getattr(loss, "ignore_index", None)))
+        return StepLoss(_ElementLoss(_reduced(loss, "none"), _reduced(loss, "sum")))
 
     def valid(self, window: Window) -> tuple[Tensor, int]:
         """Return which targets count, shape (T, B), and how many they are."""
@@ -128,53 +129,89 @@ class StepLoss:
 
     def total(self, outputs: Tree, window: Window) -> tuple[Tensor, int]:
         """Return the sum of the losses over the window's valid targets, 0-dim, and their number."""
-        return self.by_step(outputs, window)[0].sum(), self.valid(window)[1]
+        count = self.valid(window)[1]
+        if count == window.mask.numel() and isinstance(self.losses, _TorchLoss):
+            return self.losses.total(outputs, window.targets), count  # torch's own sum: one kernel, not three
+        return self.by_step(outputs, window)[0].sum(), count
 
 
 @dataclass(frozen=True)
-class _ClassLoss:
-    """A loss of torch.nn over classes: outputs (T, B, C) against targets (T, B)."""
+class _TorchLoss(ABC):
+    """A loss of torch.nn, as it is for each target, and summed."""
 
-    loss: nn.Module
+    unreduced: nn.Module
+    summed: nn.Module
+
+    @abstractmethod
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses by step, shape (T, B)."""
+
+    @abstractmethod
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return their sum, 0-dim."""
+
+
+class _ClassLoss(_TorchLoss):
+    """Over classes: outputs (T, B, C) against targets (T, B)."""
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        steps = outputs.shape[:2]
-        if outputs.ndim != 3 or targets.shape not in (steps, outputs.shape):
+        return self._apply(self.unreduced, outputs, targets).view(outputs.shape[:2])
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._apply(self.summed, outputs, targets)
+
+    def _apply(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.ndim != 3 or targets.shape not in (outputs.shape[:2], outputs.shape):
             raise ShapeError(
-                f"{type(self.loss).__name__} was expected to see outputs (T, B, C), class last, and targets "
+                f"{type(loss).__name__} was expected to see outputs (T, B, C), class last, and targets "
                 f"(T, B), but outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
                 fix="let the model end in nn.Linear(hidden, classes), and give class indices as targets",
             )
         try:
-            return self.loss(outputs.flatten(0, 1), targets.flatten(0, 1)).view(steps)
-        except IndexError as error:
-            raise _wrong_class(targets, outputs.shape[2]) from error
+            return loss(outputs.flatten(0, 1), targets.flatten(0, 1))
+        except (IndexError, RuntimeError) as error:
+            wrong = None if targets.is_floating_point() else _wrong_class(targets, outputs.shape[2])
+            if wrong is None:
+                raise
+            raise wrong from error
 
 
-@dataclass(frozen=True)
-class _ElementLoss:
-    """A loss of torch.nn over elements: outputs and targets of one shape (T, B, ...)."""
-
-    loss: nn.Module
+class _ElementLoss(_TorchLoss):
+    """Over elements: outputs and targets of one shape (T, B, ...)."""
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = self._apply(self.unreduced, outputs, targets)
+        return losses if losses.ndim == 2 else losses.flatten(2).mean(2)
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        total = self._apply(self.summed, outputs, targets)
+        return total if outputs.ndim == 2 else total / outputs.shape[2:].numel()
+
+    def _apply(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.shape != targets.shape:  # torch would broadcast, and compare every lane with every other
             raise ShapeError(
-                f"{type(self.loss).__name__} was expected to see outputs and targets of one shape, but outputs "
+                f"{type(loss).__name__} was expected to see outputs and targets of one shape, but outputs "
                 f"{tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
                 fix="outputs.squeeze(-1) in the model, or targets.unsqueeze(-1) in the stream",
             )
-        losses = self.loss(outputs, targets.to(outputs.dtype))
-        return losses if losses.ndim == 2 else losses.flatten(2).mean(2)
+        return loss(outputs, targets.to(outputs.dtype))
+
+
+def _reduced(loss: nn.Module, reduction: str) -> nn.Module:
+    other = copy.copy(loss)
+    other.reduction = reduction
+    return other
 
 
 def _fill(targets: Tensor, valid: Tensor) -> Tensor:
     return targets.masked_fill(~valid.view(valid.shape + (1,) * (targets.ndim - 2)), 0)
 
 
-def _wrong_class(targets: Tensor, classes: int) -> ShapeError:
+def _wrong_class(targets: Tensor, classes: int) -> ShapeError | None:
     wrong = ((targets < 0) | (targets >= classes)).nonzero()
-    step, lane = wrong[0].tolist() if len(wrong) else (0, 0)
+    if not len(wrong):
+        return None
+    step, lane = wrong[0].tolist()
     return ShapeError(
         f"targets in 0..{classes - 1} were expected, since the outputs have {classes} classes, but target "
         f"{int(targets[step, lane])} stands at step {step} of the window, lane {lane} ({len(wrong)} such)",

@@ -7,6 +7,7 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -132,6 +133,13 @@ def check_trainable(model: object) -> None:
                 f"a bidirectional nn.{name} needs the future of the sequence, so it cannot be run in windows",
                 fix="bidirectional=False",
             )
+    try:
+        inspect.signature(model.forward).bind(None, None)
+    except TypeError:
+        raise CapabilityError(
+            f"{type(model).__name__} was expected to be called as model(inputs, state), but it takes no state",
+            fix="def forward(self, inputs, state=None): ...; return outputs, state",
+        ) from None
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise CapabilityError(f"{type(model).__name__} has no parameter that requires a gradient")
 

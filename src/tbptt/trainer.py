@@ -51,15 +51,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Saving:
-    """When to write checkpoints.
+    """When to write checkpoints, and how much else.
 
     Args:
         every: updates between two checkpoints; there is one at the end of a run as well.
         keep: how many are kept.
+        log_every: updates to a line of metrics.jsonl.
     """
 
     every: int = 1000
     keep: int = 3
+    log_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Trainer:
         if directory is not None:
             run = Path(directory)
             self.checkpoints = Checkpoints(run / "checkpoints", keep=self.saving.keep)
-            self.monitors += [MetricsFile(run / "metrics.jsonl"), TimingFile(run / "timing.jsonl")]
+            metrics = MetricsFile(run / "metrics.jsonl", every=self.saving.log_every)
+            self.monitors += [metrics, TimingFile(run / "timing.jsonl")]
         self.device = next(model.parameters()).device
         self.carry: Carry = estimator.init(model, stream.lanes)
         self.updates = self.passes = 0

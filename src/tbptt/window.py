@@ -65,11 +65,16 @@ class Window:
                         f"but a tensor of shape {tuple(leaf.shape)} came: steps and targets would be paired wrongly",
                         fix="cut inputs and targets at the same steps, time first",
                     )
-        for name, default in (("mask", torch.ones), ("reset", torch.zeros)):
-            flags = getattr(self, name)
-            if flags is None:
-                object.__setattr__(self, name, default(size, dtype=torch.bool, device=first.device))
-            elif tuple(flags.shape) != size or flags.dtype != torch.bool:
+        # What is left out is known, and need not be looked for in every window. It is one value, expanded:
+        # torch refuses to write into such a tensor, which would be too late to be noticed.
+        if self.mask is None:  # pyright: ignore[reportUnnecessaryComparison]
+            self.__dict__["mask"] = torch.ones((), dtype=torch.bool, device=first.device).expand(size)
+            self.__dict__["num_targets"] = self.mask.numel()
+        if self.reset is None:  # pyright: ignore[reportUnnecessaryComparison]
+            self.__dict__["reset"] = torch.zeros((), dtype=torch.bool, device=first.device).expand(size)
+            self.__dict__["resets"] = {}
+        for name, flags in (("mask", self.mask), ("reset", self.reset)):
+            if flags.shape != size or flags.dtype != torch.bool:
                 raise ShapeError(
                     f"{name} was expected to be bool of shape (T, B) = {size}, "
                     f"but is {flags.dtype} of shape {tuple(flags.shape)}",
@@ -115,7 +120,8 @@ class Window:
 
     def without_targets(self) -> Window:
         """Return the window as context: its inputs and resets, with nothing to learn from."""
-        return Window(self.inputs, None, torch.zeros_like(self.mask), self.reset, self.start)
+        nothing = torch.zeros((), dtype=torch.bool, device=self.mask.device).expand(self.mask.shape)
+        return Window(self.inputs, None, nothing, self.reset, self.start)
 
     def to(self, device: torch.device | str) -> Window:
         """Return the window with all its tensors on `device`."""

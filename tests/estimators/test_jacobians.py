@@ -50,9 +50,7 @@ class Tanh:
         eye = np.eye(H)
         return (1 - h**2)[:, None] * np.hstack([np.kron(eye, x), np.kron(eye, before), eye, eye])
 
-    def gradient(
-        self, x: Array, y: Array, last: int, steps: int, k1: int, k2: int, *, indicator: bool = True
-    ) -> Array:
+    def gradient(self, x: Array, y: Array, last: int, steps: int, k1: int, k2: int, *, indicator: bool = True) -> Array:
         """The sum over one lane of the window of `steps` steps that ends at step `last`, shape (P,)."""
         h = self.states(x[: last + 1])
         # A look-back that does not exceed k1 ends inside its window, also when the window is a short one.

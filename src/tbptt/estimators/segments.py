@@ -62,6 +62,10 @@ class Segment:
         outputs, end = unroll(model, window, begin, dims)
         return Segment(outputs, begin if track else None, end, window.steps)
 
+    def injecting(self, loss: Tensor) -> Segment:
+        """Return the segment with the sum of its losses."""
+        return Segment(self.outputs, self.start, self.end, self.steps, loss)
+
     def vjp(
         self, parameters: Sequence[Tensor], weight: Tensor, cotangent: Gradients, *, start: bool, keep: bool
     ) -> tuple[Gradients, Gradients]:
@@ -156,7 +160,8 @@ def _norm(cotangent: Gradients, like: Tensor) -> Tensor:
     arrived = [gradient for gradient in cotangent if gradient is not None]
     if not arrived:
         return torch.zeros_like(like)
-    return torch.nn.utils.get_total_norm(arrived).to(like.dtype)
+    norms = [torch.linalg.vector_norm(gradient) for gradient in arrived]
+    return (norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))).to(like.dtype)
 
 
 @dataclass(frozen=True, eq=False)

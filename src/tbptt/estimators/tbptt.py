@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tbptt.errors import ConfigError, ShapeError
+from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.segments import Pulled, RetainedSegment, Segment, add, own, pull_back
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, find_lane_dims, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, time_cat
+from tbptt.tree import LaneDims, Tree, detach, differentiable, time_cat
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
@@ -114,7 +115,8 @@ class TBPTT(Estimator):
             steps whose gradients add up to one update. For k2 >= k1 all losses are injected either way.
         replay: for k2 > k1, what becomes of the steps before the window. "recompute": they are run again,
             with today's weights, from the state k2 steps back, and the state carried on is the re-run one.
-            "retain": their graphs are kept, with the weights that they were run with.
+            "retain": their graphs are kept, with the weights that they were run with; a short window may need
+            a graph cut where it was not, and then runs those steps once more.
         keep_outputs: whether estimates hold the window's outputs.
 
     Raises:
@@ -143,7 +145,9 @@ class TBPTT(Estimator):
     def __post_init__(self) -> None:
         for name in ("k1", "k2"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value))  # numpy's whole numbers, too
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ConfigError(
                     f"{name} was expected to be a whole number of steps, at least 1, but is {value!r}",
                     fix="TBPTT(k1=64, k2=64)",
@@ -274,7 +278,13 @@ class _Run:
             assert segment.live is not None
             news.append(replace(segment, live=self._inject(segment.live, piece)))
             state = detach(segment.live.end)
-        chain = [*_last(self.model, self.carry.retained, k2 - steps, dims), *news]
+        if any(segment.weights.keys() != weights.keys() for segment in self.carry.retained):
+            raise CapabilityError(
+                "the parameters that require a gradient are not those of the windows whose graphs were retained: "
+                "through these there is no gradient for a parameter that was frozen then",
+                fix='TBPTT(k1, k2, replay="recompute"), which runs them again',
+            )
+        chain = [*_last(self.model, self.carry, k2 - steps), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = self.num_terms
         pulled = self._pull(live, [[segment.weights[name] for name in self.names] for segment in chain], injected, keep=True)
@@ -300,7 +310,7 @@ class _Run:
     def _inject(self, segment: Segment, piece: Window) -> Segment:
         loss_sum, count = self.loss.total(segment.outputs, piece)
         self._count(segment.outputs, loss_sum, count)
-        return replace(segment, loss=loss_sum if count else None)
+        return segment.injecting(loss_sum) if count else segment
 
     def _count(self, outputs: Tree, loss_sum: Tensor, count: int) -> None:
         if self.setting.keep_outputs:
@@ -337,19 +347,32 @@ class _Run:
         )
 
 
-def _last(
-    model: nn.Module, segments: Sequence[RetainedSegment], steps: int, dims: LaneDims | None
-) -> list[RetainedSegment]:
-    """Return the last `steps` steps of consecutive segments, built; one that sticks out is cut."""
+def _last(model: nn.Module, carry: TBPTTCarry, steps: int) -> list[RetainedSegment]:
+    """Return the last `steps` steps of the retained segments, built; one that sticks out is cut.
+
+    A model that draws its random numbers in another order when it is run in two pieces (dropout between the
+    layers of one module) cannot be cut: the piece would not lead to the state that was carried. It is left
+    out then, and the look-back of this one update is shorter.
+    """
     found: list[RetainedSegment] = []
-    for segment in reversed(segments):
+    after = carry.state
+    for segment in reversed(carry.retained):
         if steps <= 0:
             break
         if segment.steps > steps:
-            segment = segment.split(model, segment.steps - steps, dims)[1]
-        found.append(segment.built(model, dims))
+            segment = segment.split(model, segment.steps - steps, carry.dims)[1]
+            if not _agree(segment, after):
+                break
+        found.append(segment.built(model, carry.dims))
+        after = segment.begin
         steps -= segment.steps
     return found[::-1]
+
+
+def _agree(segment: RetainedSegment, after: Tree) -> bool:
+    assert segment.live is not None
+    pairs = zip(differentiable(segment.live.end), differentiable(after), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
 
 
 def _kept(chain: Sequence[RetainedSegment], k1: int, k2: int) -> tuple[RetainedSegment, ...]:

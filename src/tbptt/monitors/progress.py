@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
@@ -34,13 +35,16 @@ class Progress(Monitor):
 
     Args:
         console: a rich console to draw on; left out: stderr.
+        updates: the number of updates at which the run ends, where the plan does not know it.
         every_s: seconds between two drawings, 0 or more; left out: 0.25 on a terminal, which is also the
             least there, and 5 for plain lines.
 
     Cost: a few Python additions an update; everything else only when it draws.
     """
 
-    def __init__(self, console: Console | None = None, *, every_s: float | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, *, updates: int | None = None, every_s: float | None = None
+    ) -> None:
         number = cast(object, 0.0 if every_s is None else every_s)  # from a caller without a type checker
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < math.inf:
             raise ConfigError(
@@ -50,6 +54,7 @@ class Progress(Monitor):
                 fix="Progress(every_s=5)",
             )
         self._given_console = console
+        self._given_updates = updates
         self._given_every_s = every_s
         self._display: _Bar | _Lines | None = None
         self._every_s = _LINE_S
@@ -71,7 +76,7 @@ class Progress(Monitor):
         """Take the terminal, if there is one."""
         self.end()
         self._clear()
-        self._plan = plan
+        self._plan = plan if plan.updates is not None else replace(plan, updates=self._given_updates)
         self._begun_s = self._drawn_s = time.monotonic()
         console = self._given_console
         if console is None and _is_terminal(sys.stderr):

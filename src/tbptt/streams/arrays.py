@@ -157,25 +157,26 @@ class ArrayStream(Stream):
         return window
 
     def _window(self, rows: Array, real: Array | None, begin: int) -> Window:
-        # flags are made here, in numpy: Window would take twice as long for its own
-        mask: Array = np.ones(rows.shape, np.bool_) if self._mask is None else self._mask[rows]
-        reset: Array = np.zeros(rows.shape, np.bool_) if self._reset is None else self._reset[rows]
-        if real is not None:
-            mask &= real
-            reset &= real  # a padded step starts nothing
-        if begin == 0:
-            reset[0] = True
-        counted = None if self._mask is None and real is None else mask
+        # where there is nothing to say the flags are left out: a window knows what that means
+        mask = reset = None
+        if self._mask is not None or real is not None:
+            mask = np.ones(rows.shape, np.bool_) if self._mask is None else self._mask[rows]
+            mask = mask if real is None else mask & real
+        if self._reset is not None or begin == 0:
+            reset = np.zeros(rows.shape, np.bool_) if self._reset is None else self._reset[rows]
+            reset = reset if real is None else reset & real  # a padded step starts nothing
+            if begin == 0:
+                reset[0] = True
         inputs = self._inputs.read(rows, None, begin)
-        targets = None if self._targets is None else self._targets.read(rows, counted, begin)
+        targets = None if self._targets is None else self._targets.read(rows, mask, begin)
         self._unreleased += rows.size * self._row_bytes
         if self._unreleased > _RELEASE_BYTES:
             release(self._mappings)
             self._unreleased = 0
-        flags = torch.from_numpy(mask), torch.from_numpy(reset)
-        if self._device.type != "cpu":
-            flags = flags[0].to(self._device), flags[1].to(self._device)
-        return Window(inputs, targets, *flags, begin)
+        return Window(inputs, targets, self._flag(mask), self._flag(reset), begin)
+
+    def _flag(self, flags: Array | None) -> Tensor | None:
+        return None if flags is None else torch.from_numpy(flags).to(self._device)
 
     def rewind(self) -> None:
         """Go back to the first step: the next pass over the same rows."""

@@ -10,6 +10,7 @@ Letters: T time, B lanes, S symbols.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -104,7 +105,9 @@ class SyntheticStream(Stream, ABC):
         begin, end = self._position, min(self._position + steps, self.steps)
         window = self._window(begin, end)
         if begin == 0:
-            window.reset[0] = True
+            reset = window.reset.clone()
+            reset[0] = True
+            window = replace(window, reset=reset)
         self._position = end
         return window
 
