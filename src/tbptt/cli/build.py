@@ -1,0 +1,136 @@
+"""From a configuration to everything that the trainer takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from tbptt.cli.config import Config, Schedule
+from tbptt.cli.data import Opened, open_source
+from tbptt.cli.rundir import Facts, Record
+from tbptt.estimators import Estimator
+from tbptt.guards import ClipNorm, ClipValue, Guard, NonFinite
+from tbptt.metrics import Metric, metric
+from tbptt.models import SequenceModel
+from tbptt.randomness import seed_everything
+
+__all__ = ["Parts", "build", "build_loss", "build_metrics", "build_model", "use_threads"]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a run is made of.
+
+    Args:
+        updates: how many it will make in all, as far as is known beforehand.
+        schedule_updates: how long its learning-rate schedule is.
+    """
+
+    model: SequenceModel
+    loss: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR | None
+    estimator: Estimator
+    guards: list[Guard]
+    metrics: dict[str, Metric]
+    data: Opened
+    updates: int
+    schedule_updates: int
+
+
+def build(config: Config, record: Record | None = None) -> Parts:
+    """Build a run; the same one, bit for bit, whenever the configuration is the same.
+
+    Args:
+        config: the run.
+        record: of the run as it was started, if it goes on; its data must be the same.
+
+    Raises:
+        TbpttError: for data that cannot be read, and for settings that cannot be meant.
+    """
+    data = open_source(config, None if record is None else record.facts)
+    estimator = config.build_estimator()
+    seed_everything(config.run.seed)
+    model = build_model(config, data.facts)
+    optimizer = config.optimizer.kind(model.parameters(), **config.optimizer.arguments())
+    updates = _num_updates(config, data, estimator.next_steps(estimator.init(model, data.train.lanes)))
+    schedule_updates = record.schedule_updates if record is not None else config.schedule.updates or updates
+    return Parts(
+        model=model,
+        loss=build_loss(data.facts),
+        optimizer=optimizer,
+        scheduler=_scheduler(optimizer, config.schedule, schedule_updates),
+        estimator=estimator,
+        guards=_guards(config),
+        metrics=build_metrics(data.facts),
+        data=data,
+        updates=updates,
+        schedule_updates=schedule_updates,
+    )
+
+
+def build_model(config: Config, facts: Facts) -> SequenceModel:
+    """Return the model of a run, its weights fresh."""
+    settings = config.model
+    return SequenceModel(
+        facts.inputs,
+        facts.outputs,
+        hidden=settings.hidden,
+        embedding=(settings.embedding or settings.hidden) if facts.symbols else None,
+        core=settings.core,
+        layers=settings.layers,
+        dropout=settings.dropout,
+        tie_weights=settings.tie_weights,
+    )
+
+
+def build_loss(facts: Facts) -> nn.Module:
+    """Return the loss of a run."""
+    kinds = {"cross_entropy": nn.CrossEntropyLoss, "bce": nn.BCEWithLogitsLoss, "mse": nn.MSELoss}
+    return kinds[facts.loss]()
+
+
+def build_metrics(facts: Facts) -> dict[str, Metric]:
+    """Return what a run is judged by, besides its loss."""
+    return {shown: metric(name) for shown, name in facts.metrics.items()}
+
+
+def use_threads(config: Config) -> Config:
+    """Set torch's threads as the run says; return the run with their number, be it torch's own choice."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    return config.changed("run", threads=torch.get_num_threads())
+
+
+def _num_updates(config: Config, data: Opened, steps: int) -> int:
+    of_passes = None if config.run.passes is None else config.run.passes * math.ceil(data.steps / steps)
+    return min(each for each in (config.run.updates, of_passes) if each is not None)
+
+
+def _scheduler(optimizer: Optimizer, schedule: Schedule, updates: int) -> LambdaLR | None:
+    if schedule.name == "constant" and not schedule.warmup:
+        return None
+
+    def share(update: int) -> float:
+        if update < schedule.warmup:
+            return (update + 1) / (schedule.warmup + 1)
+        if schedule.name == "constant":
+            return 1.0
+        done = min(1.0, (update - schedule.warmup) / max(1, updates - schedule.warmup))
+        return schedule.final + (1.0 - schedule.final) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, share)
+
+
+def _guards(config: Config) -> list[Guard]:
+    guards: list[Guard] = [NonFinite(config.guards.non_finite)]
+    if config.guards.clip_value is not None:
+        guards.append(ClipValue(config.guards.clip_value))
+    if config.guards.clip_norm is not None:
+        guards.append(ClipNorm(config.guards.clip_norm))
+    return guards

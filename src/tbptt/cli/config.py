@@ -1,0 +1,198 @@
+"""What a run is, as a small typed configuration; the TOML file has the same sections and keys."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from tbptt import estimators
+from tbptt.estimators import Estimator
+
+__all__ = ["Config", "Data", "Guards", "Model", "Optimizer", "Run", "Schedule", "arguments_model", "estimator_classes"]
+
+Whole: TypeAlias = Annotated[int, Field(ge=1)]
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class _Section(BaseModel):
+    model_config = _STRICT
+
+
+class Data(_Section):
+    """What is learned from.
+
+    Args:
+        source: "ecg", "shakespeare", a task ("copy", "delayed-recall", "adding"), or the path of a file: .npy,
+            .npz, or any text.
+        lanes: pieces read side by side, B.
+        held_out: the share at the end that is validated on, not trained on; 0 for none.
+        held_out_lanes: pieces that part is read in; left out: lanes. Each piece has to find its state anew.
+        unit: of text: "characters" or "bytes".
+        standardize: of arrays: whether inputs are scaled by the training part's mean and standard deviation.
+        task: of tasks: the arguments of the stream, such as lag or length.
+    """
+
+    source: str
+    lanes: Whole
+    held_out: Annotated[float, Field(ge=0, lt=1)]
+    held_out_lanes: Whole | None = None
+    unit: Literal["characters", "bytes"] | None = None
+    standardize: bool | None = None
+    task: dict[str, Any] | None = None
+
+    @property
+    def lanes_held_out(self) -> int:
+        """The pieces that the held-out part is read in."""
+        return self.held_out_lanes or self.lanes
+
+
+class Model(_Section):
+    """A `tbptt.SequenceModel`; see there. An embedding is for symbols only."""
+
+    core: Literal["lstm", "gru", "rnn"] = "lstm"
+    hidden: Whole
+    layers: Whole = 1
+    embedding: Whole | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tie_weights: bool = False
+
+
+class Optimizer(_Section):
+    """One of torch's; what is left out has torch's own default."""
+
+    name: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
+    lr: Positive
+    weight_decay: NotNegative | None = None
+    momentum: NotNegative | None = None
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    eps: Positive | None = None
+    alpha: NotNegative | None = None
+
+    @property
+    def kind(self) -> Callable[..., torch.optim.Optimizer]:
+        """The optimizer's class."""
+        return {
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+            "sgd": torch.optim.SGD,
+            "rmsprop": torch.optim.RMSprop,
+        }[self.name]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what was set, for the class."""
+        return {name: value for name, value in self.model_dump(exclude={"name"}).items() if value is not None}
+
+
+class Schedule(_Section):
+    """The learning rate over a run: up linearly, then constant or down along a cosine.
+
+    Args:
+        name: "constant" or "cosine".
+        warmup: updates until the full rate is reached; 0 for at once.
+        final: the share of the rate that a cosine ends at.
+        updates: where a cosine ends; left out: with the run.
+    """
+
+    name: Literal["constant", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    updates: Whole | None = None
+
+
+class Guards(_Section):
+    """What may happen to a gradient before the optimizer sees it, in the order non_finite, clip_value, clip_norm."""
+
+    non_finite: Literal["raise", "skip"] = "raise"
+    clip_value: Positive | None = None
+    clip_norm: Positive | None = None
+
+
+class Run(_Section):
+    """How long, how often, and where from.
+
+    Args:
+        updates: after how many updates it ends; with passes as well: whichever comes first.
+        passes: after how many passes over the data it ends.
+        seed: of all random generators, and of a task's data.
+        threads: torch's threads; left out: torch's own choice, which is then recorded.
+        validate_every: updates between validations.
+        save_every: updates between checkpoints.
+        keep: checkpoints that are kept.
+        log_every: updates to a line of metrics.jsonl.
+        tensorboard: whether to write curves for TensorBoard, too.
+    """
+
+    updates: Whole | None = None
+    passes: Whole | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    threads: Whole | None = None
+    validate_every: Whole = 1000
+    save_every: Whole = 1000
+    keep: Whole = 3
+    log_every: Whole = 1
+    tensorboard: bool = False
+
+
+class Config(_Section):
+    """A run.
+
+    Args:
+        estimator: the `name` of an estimator class, and the arguments of that class.
+    """
+
+    data: Data
+    model: Model
+    estimator: dict[str, Any]
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    guards: Guards = Guards()
+    run: Run = Run()
+
+    def changed(self, section: Literal["data", "schedule", "run"], **values: Any) -> Config:
+        """Return the configuration with other values in a section, checked like the first ones."""
+        table = self.model_dump()
+        table[section] |= values
+        return Config.model_validate(table)
+
+    def to_tables(self) -> dict[str, Any]:
+        """Return it as TOML has it: what is left out is left out."""
+        return self.model_dump(exclude_none=True)
+
+    def build_estimator(self) -> Estimator:
+        """Return the estimator that is described.
+
+        Raises:
+            ConfigError: its arguments cannot be meant.
+        """
+        arguments = {name: value for name, value in self.estimator.items() if name != "name"}
+        return estimator_classes()[self.estimator["name"]](**arguments)
+
+
+def estimator_classes() -> dict[str, Callable[..., Estimator]]:
+    """Return every estimator that `tbptt.estimators` exports, by name: a new one is here by being there."""
+    found = {name: getattr(estimators, name) for name in estimators.__all__}
+    return {
+        name: each
+        for name, each in found.items()
+        if isinstance(each, type) and issubclass(each, Estimator) and not inspect.isabstract(each)
+    }
+
+
+def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -> type[BaseModel]:
+    """Return a model of the arguments of a class, so that they are checked as every section is."""
+    hints = get_type_hints(target if isinstance(target, type) and is_dataclass(target) else target.__init__)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name not in without:
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[name] = (hints.get(name, Any), default)
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    return create_model(getattr(target, "__name__", "arguments"), __config__=config, **fields)

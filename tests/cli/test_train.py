@@ -1,0 +1,149 @@
+"""`tbptt train`: where the run is, what lies in it, and every kind of data."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tbptt
+
+Program = Callable[..., Any]
+TINY = [*("--lanes", "2"), *("--hidden", "6"), *("--k1", "8"), *("--k2", "8"), *("--threads", "1")]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stdout_is_the_run_and_stderr_says_what_was_done(train: Program) -> None:
+    ended = train()
+    assert ended.code == 0
+    assert ended.out == "runs/fox-1\n"
+    for word in ("LSTM 6", "TBPTT(k1=8, k2=8)", "6 updates", "bits_per_character", "tbptt evaluate runs/fox-1"):
+        assert word in ended.err
+    assert "tbptt sample runs/fox-1" in ended.err
+    assert "\x1b" not in ended.err
+    assert [line["update"] for line in lines(ended.run) if line["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_configuration_in_the_run_is_whole_and_starts_the_same_run(train: Program, program: Program) -> None:
+    first = train("--set", "schedule.warmup=3").run
+    written = (first / "config.toml").read_text(encoding="utf-8")
+    assert f"# the configuration of this run, as tbptt {tbptt.__version__}" in written.splitlines()[0]
+    tables = tomllib.loads(written)
+    assert tables["estimator"] == {"name": "TBPTT", "k1": 8, "k2": 8, "losses": "tail", "replay": "recompute"}
+    assert (tables["run"]["updates"], tables["run"]["threads"], tables["schedule"]["warmup"]) == (6, 1, 3)
+    second = program("train", "--config", first / "config.toml").run
+    assert second == Path("runs/fox-2")
+    for name in ("metrics.jsonl", "config.toml", "checkpoints/update-0000000006/model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    other = train("--seed", "1").run
+    assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
+
+
+def test_no_run_is_ever_overwritten(train: Program) -> None:
+    assert train("--out", "mine").run == Path("mine")
+    before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+    again = train("--out", "mine")
+    assert again.code == 2
+    assert "hint: tbptt resume mine\n" in again.err
+    assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == before
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine", encoding="utf-8")
+    assert train("--out", "full").code == 2
+    assert [path.name for path in Path("full").iterdir()] == ["notes.txt"]
+
+
+def test_nothing_is_written_before_everything_was_built(train: Program) -> None:
+    assert train("--lanes", "9999").code == 1
+    assert train("--set", "model.tie_weights=true").code == 2
+    assert not Path("runs").exists()
+
+
+def test_ecg_is_the_default(program: Program) -> None:
+    ended = program("train", "--passes", "1", "--threads", "1", "--hidden", "4", "--set", "run.log_every=50")
+    assert ended.run == Path("runs/ecg-1")
+    assert "auc 0." in ended.err
+    assert [line["update"] for line in lines(ended.run) if line["kind"] == "update"] == [50, 100, 113]
+
+
+@pytest.mark.parametrize("source", ["copy", "delayed-recall", "adding"])
+def test_tasks(program: Program, source: str) -> None:
+    ended = program(
+        "train", source, *TINY, "--updates", "4", "--set", "data.task.steps=60", "--set", "run.validate_every=2"
+    )
+    assert ended.code == 0, ended.err
+    assert [line["update"] for line in lines(ended.run) if line["kind"] == "validation"] == [2, 4]
+
+
+def test_validations_of_a_task_are_all_on_the_same_data(program: Program) -> None:
+    arguments = ("--set", "data.task.steps=60", "--set", "run.validate_every=1", "--lr", "1e-30")
+    ended = program("train", "copy", *TINY, "--updates", "3", *arguments)
+    assert len({line["loss"] for line in lines(ended.run) if line["kind"] == "validation"}) == 1
+
+
+def test_text_as_bytes(train: Program) -> None:
+    ended = train("--set", "data.unit=bytes")
+    assert "bits_per_byte" in ended.err
+
+
+def test_the_next_row_of_an_array(program: Program) -> None:
+    wave = np.sin(np.arange(400) / 5.0)
+    np.save("wave.npy", wave)
+    np.save("two.npy", np.stack([wave * 1000 + 7, np.full(400, 3.0)], 1))
+    for name in ("wave.npy", "two.npy"):
+        ended = program("train", name, *TINY, "--passes", "15", "--lr", "0.02", "--set", "optimizer.name=adamw")
+        assert ended.code == 0, ended.err
+        last = lines(ended.run)[-1]
+        assert last["kind"] == "validation"
+        assert last["loss"] < 0.25, "a constant would have a loss of 1, or 1/2 with a constant column"
+
+
+@pytest.mark.parametrize(
+    ("targets", "metric"),
+    [
+        (lambda x: np.roll(x, 1), None),
+        (lambda x: (x > 0).astype(np.int64), "accuracy"),
+        (lambda x: x > 0, "auc"),
+    ],
+)
+def test_inputs_and_targets_of_an_archive(program: Program, targets: Any, metric: str | None) -> None:
+    inputs = np.random.default_rng(0).standard_normal(300)
+    reset = np.arange(300) % 50 == 0
+    np.savez("some.npz", inputs=inputs, targets=targets(inputs), mask=~reset, reset=reset)
+    ended = program("train", "some.npz", *TINY, "--passes", "2")
+    assert ended.code == 0, ended.err
+    last = lines(ended.run)[-1]
+    assert math.isfinite(last["loss"])
+    assert metric is None or 0.5 < last[metric] <= 1
+
+
+def test_the_schedule_is_as_long_as_the_run(train: Program) -> None:
+    run = train(
+        "--lr", "1", "--set", "optimizer.name=sgd", "--set", "schedule.warmup=2", "--set", "schedule.final=0.1"
+    ).run
+    rates = [line["learning_rate"] for line in lines(run) if line["kind"] == "update"]
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *cosine])
+
+
+def test_guards_and_tensorboard(train: Program) -> None:
+    pytest.importorskip("tensorboard")
+    settings = ("guards.clip_norm=1e-9", "guards.clip_value=1", "run.tensorboard=true", "data.held_out=0")
+    run = train(*(part for each in settings for part in ("--set", each)), "--set", "optimizer.name=sgd").run
+    assert list((run / "tensorboard").iterdir())
+    assert all(line["kind"] == "update" for line in lines(run))
+
+
+def test_threads_are_set_and_recorded(train: Program) -> None:
+    run = train("--threads", "2").run
+    assert torch.get_num_threads() == 2
+    assert tomllib.loads((run / "config.toml").read_text())["run"]["threads"] == 2
