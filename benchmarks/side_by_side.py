@@ -39,6 +39,7 @@ def ratio(samples: dict[str, list[float]], side: str, against: str) -> float:
 
 def save(name: str, figures: dict[str, Any], samples: dict[str, Any], **about: Any) -> None:
     """Write figures and raw samples, with what is needed to judge them, and print the figures."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 

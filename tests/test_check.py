@@ -153,7 +153,7 @@ def test_wrong_models_are_refused_by_the_name_of_their_fault(model: nn.Module, f
 
 
 def test_a_model_returning_one_value_is_told_what_to_return() -> None:
-    with pytest.raises(CapabilityError, match="expected to return .outputs, state., but returned one Tensor"):
+    with pytest.raises(CapabilityError, match=r"expected to return \(outputs, state\), but returned one Tensor"):
         tbptt.check(OneValue(), EXAMPLE)
 
 

@@ -92,10 +92,7 @@ def test_the_model_is_loadable_by_anyone_with_tied_weights(tmp_path: Path) -> No
     assert set(plain) == set(state)
     assert all(torch.equal(plain[k], state[k]) for k in state if k != "spectrum")
     other.load_state_dict(Checkpoints(tmp_path).load(path).model_state)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert other.head.weight is other.embedding.weight
 
 
@@ -200,9 +197,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         Checkpoints(tmp_path).load(tmp_path)
 
 
-def test_a_newer_format_is_not_passed_over_for_an_older_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_newer_format_is_not_passed_over_for_an_older_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = fill(tmp_path, 10)
     monkeypatch.setattr(checkpoint_module, "_FORMAT", 99)
     fill(tmp_path, 20)
@@ -321,9 +316,7 @@ def test_a_disk_that_fails_at_any_step_loses_nothing(tmp_path: Path, update: int
     pytest.fail("the save never went through")
 
 
-def test_a_disk_found_full_by_safetensors_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_found_full_by_safetensors_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = fill(tmp_path, 10)
 
     def fail(tensors: object, path: Path, **_: object) -> None:
@@ -331,9 +324,7 @@ def test_a_disk_found_full_by_safetensors_loses_nothing(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint_module, "save_file", fail)
-    with pytest.raises(
-        CheckpointError, match=r"(?s)update-0000000020.*No space left.*update-0000000010.*hint"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)update-0000000020.*No space left.*update-0000000010.*hint"):
         checkpoints.save(20, state_at(20), weights_at(20))
     assert [path.name for path in tmp_path.iterdir()] == ["update-0000000010"]
     assert latest(checkpoints) == 10

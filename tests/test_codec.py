@@ -106,9 +106,7 @@ def make_scalar(rng: random.Random) -> Any:
 
 
 def make_key(rng: random.Random) -> Any:
-    return rng.choice(
-        ["a", "b.c", "$", "", "__metadata__", "a[0]", "\ud800", 0, 1, -7, 2**70, b"k", None, 2.5]
-    )
+    return rng.choice(["a", "b.c", "$", "", "__metadata__", "a[0]", "\ud800", 0, 1, -7, 2**70, b"k", None, 2.5])
 
 
 def make_tree(rng: random.Random, depth: int) -> Any:
@@ -120,9 +118,7 @@ def make_tree(rng: random.Random, depth: int) -> Any:
     if kind == 3:
         dtype = rng.choice(["<f8", ">i4", "|b1", "<c8", "<U5", "|S3", "<M8[ns]", "<u2"])
         array = np.frombuffer(rng.randbytes(600) if dtype not in ("|b1", "<U5") else bytes(600), dtype)[:6]
-        return rng.choice(
-            [array.copy(), np.asfortranarray(array.reshape(2, 3)), array.reshape(1, 6)[:, :0].copy()]
-        )
+        return rng.choice([array.copy(), np.asfortranarray(array.reshape(2, 3)), array.reshape(1, 6)[:, :0].copy()])
     parts = [make_tree(rng, depth - 1) for _ in range(rng.randrange(4))]
     if kind < 7:
         return {make_key(rng): part for part in parts}

@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import tbptt
+from tbptt.cli.settings import Given, resolve
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(tbptt.__file__).parent
@@ -47,8 +49,9 @@ def test_python_blocks_run(name: str, code: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "code"), [pytest.param(*each, id=each[0]) for each in blocks("toml")])
 def test_configurations_are_accepted(name: str, code: str) -> None:
-    config = importlib.import_module("tbptt.cli.config")
-    assert config.parse(code), name
+    given = Given()
+    given.add_tables(tomllib.loads(code), name)
+    assert resolve(given)
 
 
 def commands() -> list[tuple[str, str]]:
@@ -69,7 +72,12 @@ def test_shell_blocks_run_one_after_another(tmp_path: Path) -> None:
         if words[0] == "resume":
             words += ["--updates", "30"]
         done = subprocess.run(
-            [sys.executable, "-m", "tbptt", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "tbptt", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{name}: {line}\n{done.stderr}"
 

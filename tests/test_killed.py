@@ -26,7 +26,16 @@ def result(run: Path) -> tuple[bytes, bytes]:
 
 @pytest.mark.slow
 def test_25_kills_change_nothing(tmp_path: Path) -> None:
-    settings = ["--updates", str(UPDATES), "--k2", "12", "--set", "run.save_every=50", "--set", "run.validate_every=997"]
+    settings = [
+        "--updates",
+        str(UPDATES),
+        "--k2",
+        "12",
+        "--set",
+        "run.save_every=50",
+        "--set",
+        "run.validate_every=997",
+    ]
     assert start("train", *settings, "--out", "calm", cwd=tmp_path).wait() == 0
     chance = random.Random(0)
     kills, finished = 0, False

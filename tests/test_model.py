@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 import tbptt
 from tbptt.errors import CapabilityError, ShapeError
-from tbptt.model import find_lane_dims, initial_state, split_result, trainable_parameters, with_parameters
+from tbptt.model import (
+    find_lane_dims,
+    initial_state,
+    named_parameters,
+    split_result,
+    trainable_parameters,
+    with_parameters,
+)
 
 T, B, D, H = 5, 3, 2, 4
 
@@ -181,3 +188,15 @@ def test_a_tensor_for_each_lane_is_refused() -> None:
 
     with pytest.raises(ShapeError, match=f"has {B} tensors for {B} lanes and {B + 1} for {B + 1}"):
         find_lane_dims(Listed(D, H), torch.zeros(T, B, D))
+
+
+def test_named_parameters_are_torchs_own() -> None:
+    shared = nn.Linear(3, 3)
+    tied = nn.Linear(3, 3)
+    tied.weight = shared.weight
+    deep = nn.Sequential(nn.LSTM(3, 3, num_layers=2), nn.ModuleDict({"a": shared, "b": tied, "c": shared}))
+    deep.own = nn.Parameter(torch.zeros(2))
+    deep.register_parameter("none", None)
+    for model in (deep, nn.GRU(2, 2), nn.Linear(1, 1, bias=False)):
+        assert list(named_parameters(model)) == [name for name, _ in model.named_parameters()]
+        assert all(value is model.get_parameter(name) for name, value in named_parameters(model).items())

@@ -51,7 +51,13 @@ def trainer(directory: Path | None = None, estimator: tbptt.Estimator | None = N
         "checked": False,  # it takes most of the time of such short runs; one test is about it
     }
     return tbptt.Trainer(
-        model, nn.MSELoss(), optimizer, estimator or tbptt.TBPTT(8, 13), stream, directory=directory, **settings | changes
+        model,
+        nn.MSELoss(),
+        optimizer,
+        estimator or tbptt.TBPTT(8, 13),
+        stream,
+        directory=directory,
+        **settings | changes,
     )
 
 
@@ -162,7 +168,8 @@ def test_a_full_disk_stops_no_training(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     run.run(updates=12)
     trainer(tmp_path / "undisturbed").run(updates=12)
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path).values(), weights(tmp_path / "undisturbed").values()))
+    undisturbed = weights(tmp_path / "undisturbed")
+    assert all(torch.equal(value, undisturbed[name]) for name, value in weights(tmp_path).items())
 
 
 @pytest.mark.parametrize(
@@ -214,9 +221,7 @@ def test_a_window_that_breaks_the_numbers_is_left_out(tmp_path: Path, where: str
     inputs[61] = 100.0
     model = Bursts(where)
     stream = tbptt.ArrayStream(inputs, targets, lanes=4)
-    run = trainer(
-        tmp_path, model=model, stream=stream, guards=[tbptt.NonFinite("skip")], estimator=tbptt.TBPTT(8, 16)
-    )
+    run = trainer(tmp_path, model=model, stream=stream, guards=[tbptt.NonFinite("skip")], estimator=tbptt.TBPTT(8, 16))
     run.run(updates=20)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     refused = [line["update"] for line in lines if line.get("refused")]
@@ -277,10 +282,11 @@ def test_reduce_on_plateau_steps_at_validations() -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9, threshold_mode="abs")
-    stream, held_out = tbptt.ArrayStream(*rows(), lanes=4), tbptt.HeldOut(tbptt.ArrayStream(*rows(50), lanes=1), every=5)
-    run = tbptt.Trainer(
-        model, nn.MSELoss(), optimizer, tbptt.TBPTT(4, 4), stream, scheduler=plateau, held_out=held_out
+    stream, held_out = (
+        tbptt.ArrayStream(*rows(), lanes=4),
+        tbptt.HeldOut(tbptt.ArrayStream(*rows(50), lanes=1), every=5),
     )
+    run = tbptt.Trainer(model, nn.MSELoss(), optimizer, tbptt.TBPTT(4, 4), stream, scheduler=plateau, held_out=held_out)
     run.run(updates=15)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**2)  # the first validation is the best so far
 
@@ -301,8 +307,12 @@ def test_it_learns_what_needs_the_look_back() -> None:
         stream = DelayedRecall(4, 16, symbols=2, steps=2000)
         model = tbptt.SequenceModel(2, 2, hidden=24, embedding=8)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        tbptt.Trainer(model, nn.CrossEntropyLoss(), optimizer, tbptt.TBPTT(1 if k2 == 2 else 4, k2), stream).run(updates=400)
-        losses[k2] = tbptt.evaluate(model, nn.CrossEntropyLoss(), DelayedRecall(4, 4, symbols=2, steps=300, seed=9))["loss"]
+        tbptt.Trainer(model, nn.CrossEntropyLoss(), optimizer, tbptt.TBPTT(1 if k2 == 2 else 4, k2), stream).run(
+            updates=400
+        )
+        losses[k2] = tbptt.evaluate(model, nn.CrossEntropyLoss(), DelayedRecall(4, 4, symbols=2, steps=300, seed=9))[
+            "loss"
+        ]
     assert losses[8] < 0.1 < 0.6 < losses[2]
 
 

@@ -127,12 +127,15 @@ def main() -> None:
                 note(f"saved, k2={k2}", found["saved"])
     middle = {name: median(values) for name, values in samples.items()}
     figures = {
-        "RssAnon, 10^7 / 10^5 steps (within 1 %)": middle["anonymous, 10000000 steps"] / middle["anonymous, 100000 steps"],
+        "RssAnon, 10^7 / 10^5 steps (within 1 %)": middle["anonymous, 10000000 steps"]
+        / middle["anonymous, 100000 steps"],
         "file pages mapped in, 10^7 steps, MiB of 153": middle["mapped, 10000000 steps"] / MIB,
         "peak activation memory, k2=64 tail / k2=256 (< 0.45)": middle["peak, k2=64"] / middle["peak, k2=256"],
         "bytes saved for backward, k2=64 tail / k2=256": middle["saved, k2=64"] / middle["saved, k2=256"],
     }
-    save("memory_training", figures | {f"median MiB: {k}": v / MIB for k, v in middle.items()}, samples, updates=updates)
+    save(
+        "memory_training", figures | {f"median MiB: {k}": v / MIB for k, v in middle.items()}, samples, updates=updates
+    )
 
 
 if __name__ == "__main__":

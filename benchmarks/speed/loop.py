@@ -134,9 +134,7 @@ def by_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callab
                     if gradient is not None:
                         total[name] += gradient
                 above = found[-2:]
-            weights = {
-                name: (value - 1e-3 * total[name]).detach().requires_grad_() for name, value in weights.items()
-            }
+            weights = {name: (value - 1e-3 * total[name]).detach().requires_grad_() for name, value in weights.items()}
 
     return loop
 

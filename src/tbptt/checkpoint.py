@@ -118,9 +118,7 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
         # Detached, each weight is a tensor of its own, so that a tied one is found under both of its names.
-        named = {
-            k: v.detach() if type(v) in (Tensor, torch.nn.Parameter) else v for k, v in model_state.items()
-        }
+        named = {k: v.detach() if type(v) in (Tensor, torch.nn.Parameter) else v for k, v in model_state.items()}
         document = {"model": encode(named, "model", weights), "state": encode(state, "state", tensors)}
 
         final = self.directory / f"update-{update:010d}"
@@ -192,9 +190,7 @@ class Checkpoints:
             state = decode(document["state"], _mapped(path / _TENSORS))
             model_state = decode(document["model"], _mapped(path / _MODEL))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise _Damage(
-                f"checkpoint {path.name} is damaged: its files cannot be read ({error!r})"
-            ) from error
+            raise _Damage(f"checkpoint {path.name} is damaged: its files cannot be read ({error!r})") from error
         return Loaded(manifest["update"], state, model_state, path)
 
     def tidy(self) -> None:
@@ -236,9 +232,7 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)  # what is left of it is tidied up next time
 
     def _prune(self, update: int) -> None:
-        made = sorted(
-            (entry for entry in self._entries() if entry[0] <= update and not entry[1]), reverse=True
-        )
+        made = sorted((entry for entry in self._entries() if entry[0] <= update and not entry[1]), reverse=True)
         for _, _, path in made[self.keep :]:
             stale = path.with_name(f"{path.name}.stale")
             try:

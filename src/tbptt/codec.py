@@ -173,9 +173,7 @@ class _Encoder:
             self.refuse(value, path)
         order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
         name = self.free_name(path)
-        self.tensors[name] = torch.frombuffer(
-            bytearray(value.tobytes(order)) or bytearray(1), dtype=torch.uint8
-        )
+        self.tensors[name] = torch.frombuffer(bytearray(value.tobytes(order)) or bytearray(1), dtype=torch.uint8)
         shape = list(value.shape)
         return {
             _MARK: "array",
@@ -196,9 +194,7 @@ class _Encoder:
 
     def refuse(self, value: Any, path: str) -> NoReturn:
         kind = type(value)
-        shown = (
-            repr(value) if not isinstance(value, Tensor) else f"{value.layout}, {value.dtype}, {value.device}"
-        )
+        shown = repr(value) if not isinstance(value, Tensor) else f"{value.layout}, {value.dtype}, {value.device}"
         shown = shown if len(shown) <= _SHORT else shown[:_SHORT] + "..."
         raise CheckpointError(
             f"{path} was expected to be a plain value, a tensor, a numpy array, or a list, tuple or dict "
@@ -283,12 +279,8 @@ _KINDS: dict[str, Callable[[_Decoder, dict[str, Any]], Any]] = {
     "complex": lambda decoder, entry: complex(*struct.unpack(">2d", bytes.fromhex(entry["bits"]))),
     "str": lambda decoder, entry: bytes.fromhex(entry["hex"]).decode(*_SURROGATES),
     "bytes": lambda decoder, entry: bytes.fromhex(entry["hex"]),
-    "dict": lambda decoder, entry: {
-        decoder.decode(key): decoder.decode(item) for key, item in entry["items"]
-    },
-    "ordered": lambda decoder, entry: OrderedDict(
-        (decoder.decode(k), decoder.decode(v)) for k, v in entry["items"]
-    ),
+    "dict": lambda decoder, entry: {decoder.decode(key): decoder.decode(item) for key, item in entry["items"]},
+    "ordered": lambda decoder, entry: OrderedDict((decoder.decode(k), decoder.decode(v)) for k, v in entry["items"]),
     "tuple": lambda decoder, entry: tuple(map(decoder.decode, entry["items"])),
     "size": lambda decoder, entry: torch.Size(entry["items"]),
     "namedtuple": _Decoder.named_tuple,

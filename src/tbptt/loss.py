@@ -130,7 +130,7 @@ class StepLoss:
     def total(self, outputs: Tree, window: Window) -> tuple[Tensor, int]:
         """Return the sum of the losses over the window's valid targets, 0-dim, and their number."""
         count = self.valid(window)[1]
-        if count == window.mask.numel() and isinstance(self.losses, _TorchLoss):
+        if count == window.mask.numel() and isinstance(self.losses, _TorchLoss) and isinstance(window.targets, Tensor):
             return self.losses.total(outputs, window.targets), count  # torch's own sum: one kernel, not three
         return self.by_step(outputs, window)[0].sum(), count
 
@@ -199,7 +199,7 @@ class _ElementLoss(_TorchLoss):
 
 def _reduced(loss: nn.Module, reduction: str) -> nn.Module:
     other = copy.copy(loss)
-    other.reduction = reduction
+    vars(other)["reduction"] = reduction
     return other
 
 

@@ -235,7 +235,7 @@ class Trainer:
         estimate = self._guard(raw)
         applied = estimate is not None and estimate.num_injected > 0
         rate = float(self.optimizer.param_groups[0]["lr"])
-        if applied:
+        if estimate is not None and applied:
             estimate.apply(self.model)
             self.optimizer.step()
             if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):

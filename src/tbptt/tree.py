@@ -9,7 +9,7 @@ Letters: T time, B lanes, S number of state leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -28,9 +28,25 @@ _PLAIN = (Tensor, bool, int, float, complex, str)
 
 def tree_map(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """Apply `function` to every tensor of `tree`; everything else stays as it is."""
-    if isinstance(tree, Tensor):  # the common case, and four times as fast
+    if isinstance(tree, Tensor):  # these two are the common cases, and a fifth of the time
         return function(tree)
-    return optree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    if _is_flat(tree):
+        return tuple([function(leaf) for leaf in tree])
+
+    def on_tensors(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return optree.tree_map(on_tensors, tree)
+
+
+def _is_flat(tree: Tree) -> bool:
+    """Tell whether `tree` is a plain tuple of tensors, as the state of an LSTM is."""
+    if type(tree) is not tuple:
+        return False
+    for leaf in tree:
+        if not isinstance(leaf, Tensor):
+            return False
+    return True
 
 
 def tensors(tree: Tree) -> list[Tensor]:
@@ -41,6 +57,8 @@ def tensors(tree: Tree) -> list[Tensor]:
     """
     if isinstance(tree, Tensor):
         return [tree]
+    if _is_flat(tree):
+        return list(tree)
     leaves = optree.tree_leaves(tree)
     for leaf in leaves:
         if not isinstance(leaf, _PLAIN):
@@ -49,7 +67,7 @@ def tensors(tree: Tree) -> list[Tensor]:
                 "looked into: what it carries could be neither detached, reset nor saved",
                 fix="return the state as tensors in tuples, named tuples, lists or dicts",
             )
-    return [cast(Tensor, leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def replace_tensors(tree: Tree, new: Sequence[Tensor]) -> Tree:

@@ -17,9 +17,7 @@ from tbptt.window import Window
 __all__ = ["unroll"]
 
 
-def unroll(
-    model: nn.Module, window: Window, state: Tree | None, dims: LaneDims | None
-) -> tuple[Tree, Tree]:
+def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims | None) -> tuple[Tree, Tree]:
     """Run `model` over the steps of `window`, starting from `state`.
 
     The model sees the longest stretches between resets. At a reset the lane's state becomes the model's

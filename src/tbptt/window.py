@@ -18,6 +18,8 @@ from tbptt.tree import Tree, tensors, time_cat, time_slice, to
 
 __all__ = ["Window"]
 
+_TRUE, _FALSE = torch.tensor(True), torch.tensor(False)
+
 
 @dataclass(frozen=True, eq=False)
 class Window:
@@ -41,8 +43,8 @@ class Window:
 
     inputs: Tree
     targets: Tree | None = None
-    mask: Tensor = cast(Tensor, None)
-    reset: Tensor = cast(Tensor, None)
+    mask: Tensor = cast(Tensor, None)  # noqa: RUF009 - None is what may be given, and never what is there
+    reset: Tensor = cast(Tensor, None)  # noqa: RUF009
     start: int = 0
 
     def __post_init__(self) -> None:
@@ -54,29 +56,31 @@ class Window:
                 fix="add a lane dimension: inputs.unsqueeze(1) makes one lane of one sequence",
             )
         first = leaves[0]
-        size = tuple(first.shape[:2])
+        size = first.shape[:2]
         if 0 in size:
-            raise ShapeError(f"a window needs at least one step and one lane, but its inputs are (T, B) = {size}")
+            raise ShapeError(
+                f"a window needs at least one step and one lane, but its inputs are (T, B) = {tuple(size)}"
+            )
         for name, tree in (("inputs", self.inputs), ("targets", self.targets)):
             for leaf in tensors(tree):
-                if tuple(leaf.shape[:2]) != size:
+                if leaf.shape[:2] != size:
                     raise ShapeError(
-                        f"{name} of shape (T, B, ...) = {size} + (...) were expected, as the inputs have, "
+                        f"{name} of shape (T, B, ...) = {tuple(size)} + (...) were expected, as the inputs have, "
                         f"but a tensor of shape {tuple(leaf.shape)} came: steps and targets would be paired wrongly",
                         fix="cut inputs and targets at the same steps, time first",
                     )
         # What is left out is known, and need not be looked for in every window. It is one value, expanded:
         # torch refuses to write into such a tensor, which would be too late to be noticed.
         if self.mask is None:  # pyright: ignore[reportUnnecessaryComparison]
-            self.__dict__["mask"] = torch.ones((), dtype=torch.bool, device=first.device).expand(size)
+            self.__dict__["mask"] = (_TRUE if first.is_cpu else _TRUE.to(first.device)).expand(size)
             self.__dict__["num_targets"] = self.mask.numel()
         if self.reset is None:  # pyright: ignore[reportUnnecessaryComparison]
-            self.__dict__["reset"] = torch.zeros((), dtype=torch.bool, device=first.device).expand(size)
+            self.__dict__["reset"] = (_FALSE if first.is_cpu else _FALSE.to(first.device)).expand(size)
             self.__dict__["resets"] = {}
         for name, flags in (("mask", self.mask), ("reset", self.reset)):
             if flags.shape != size or flags.dtype != torch.bool:
                 raise ShapeError(
-                    f"{name} was expected to be bool of shape (T, B) = {size}, "
+                    f"{name} was expected to be bool of shape (T, B) = {tuple(size)}, "
                     f"but is {flags.dtype} of shape {tuple(flags.shape)}",
                     fix=f"{name} = {name}.bool(), one value for each step and lane",
                 )
@@ -120,7 +124,7 @@ class Window:
 
     def without_targets(self) -> Window:
         """Return the window as context: its inputs and resets, with nothing to learn from."""
-        nothing = torch.zeros((), dtype=torch.bool, device=self.mask.device).expand(self.mask.shape)
+        nothing = _FALSE.to(self.mask.device).expand(self.mask.shape)
         return Window(self.inputs, None, nothing, self.reset, self.start)
 
     def to(self, device: torch.device | str) -> Window:

@@ -18,9 +18,7 @@ STEPS = 101  # more than twice the longest look-back, and no multiple of any k1 
 
 def windows(recording: Recording, k1: int, end: int = STEPS) -> list[Window]:
     parts = (recording.inputs, recording.targets, recording.mask, recording.reset)
-    return [
-        Window(*(part[begin : min(begin + k1, end)] for part in parts), start=begin) for begin in range(0, end, k1)
-    ]
+    return [Window(*(part[begin : min(begin + k1, end)] for part in parts), start=begin) for begin in range(0, end, k1)]
 
 
 def judged(k1: int, updates: int) -> set[int]:
@@ -47,7 +45,5 @@ def test_every_regime_is_the_gradient_with_frozen_boundaries(name: str, k1: int,
             key = (index, losses if k2 < k1 else "")  # the oracle does not know replay: weights stay the same
             if key not in wanted:
                 end = window.start + window.steps
-                wanted[key] = frozen_boundary(
-                    recording, parameters, window.start, end, k1=k1, k2=k2, losses=losses
-                )
+                wanted[key] = frozen_boundary(recording, parameters, window.start, end, k1=k1, k2=k2, losses=losses)
             assert relative(estimate.gradients, wanted[key]) < 1e-10, (index, losses, replay)

@@ -29,9 +29,7 @@ def random_gradients(seed: int, size: float, dtype: torch.dtype = torch.float32)
     }
 
 
-def torch_clipped(
-    gradients: dict[str, Tensor], clip: Callable[[list[Tensor]], Any]
-) -> tuple[dict[str, Tensor], Any]:
+def torch_clipped(gradients: dict[str, Tensor], clip: Callable[[list[Tensor]], Any]) -> tuple[dict[str, Tensor], Any]:
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients.values()]
     for parameter, gradient in zip(parameters, gradients.values(), strict=True):
         parameter.grad = gradient.clone()

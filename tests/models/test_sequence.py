@@ -83,9 +83,7 @@ def test_an_unknown_id_is_named_with_its_place(wrong: int) -> None:
     model = SequenceModel(7, 7, hidden=4, embedding=4)
     ids = torch.zeros(5, 3, dtype=torch.int64)
     ids[4, 1] = wrong
-    with pytest.raises(
-        StreamError, match=rf"from 0 to 6 .* but {wrong} came at step 4 of the window, lane 1"
-    ):
+    with pytest.raises(StreamError, match=rf"from 0 to 6 .* but {wrong} came at step 4 of the window, lane 1"):
         model(ids)
 
 

@@ -31,9 +31,7 @@ def update_at(number: int, **changes: Any) -> Update:
     loss_sum = changes.pop("loss_sum", loss_sum)
     estimate = Estimate(None, loss, loss_sum, terms, gradients, 8, torch.zeros(0), injected, metrics)
     facts: dict[str, Any] = {"passes": number // 7, "position": number * 8 % 56, "steps": 8, "lanes": 4}
-    return Update(
-        number, **facts, estimate=estimate, applied=changes.pop("applied", True), learning_rate=0.1 / number
-    )
+    return Update(number, **facts, estimate=estimate, applied=changes.pop("applied", True), learning_rate=0.1 / number)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -104,9 +102,7 @@ def test_what_is_no_number_is_said_and_not_hidden(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("every", [1, 7, 150])
 @pytest.mark.parametrize("load_first", [True, False], ids=["load-begin", "begin-load"])
-def test_killed_and_resumed_it_equals_the_undisturbed_file(
-    tmp_path: Path, every: int, load_first: bool
-) -> None:
+def test_killed_and_resumed_it_equals_the_undisturbed_file(tmp_path: Path, every: int, load_first: bool) -> None:
     whole = MetricsFile(tmp_path / "whole.jsonl", every)
     whole.begin(Plan(0, 400, 4))
     drive(whole, 1, 400)
@@ -229,9 +225,7 @@ class FullDisk:
         return getattr(self.file, name)
 
 
-def test_a_full_disk_stops_no_training_and_loses_no_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_stops_no_training_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tbptt.monitors.metrics._FLUSH_S", 0.0)
     monitor = MetricsFile(tmp_path / "m.jsonl")
     monitor.begin(Plan(0, None, 4))
@@ -246,9 +240,7 @@ def test_a_full_disk_stops_no_training_and_loses_no_line(
     assert monitor.state_dict()["offset"] == monitor.path.stat().st_size
     drive(monitor, 10, 12)
     monitor.end()
-    assert [line["update"] for line in lines_of(monitor.path) if line["kind"] == "update"] == list(
-        range(1, 13)
-    )
+    assert [line["update"] for line in lines_of(monitor.path) if line["kind"] == "update"] == list(range(1, 13))
 
 
 def test_an_update_before_begin_is_refused(tmp_path: Path) -> None:

@@ -177,9 +177,7 @@ def test_a_narrow_terminal_is_no_problem(now: list[float], width: int) -> None:
     assert file.getvalue().count(SHOW) == 1
 
 
-def test_the_terminal_comes_back_when_drawing_fails(
-    now: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_terminal_comes_back_when_drawing_fails(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     console, file = terminal()
     progress = Progress(console)
     progress.begin(Plan(0, 8, 32))
@@ -201,9 +199,7 @@ class Broken(io.StringIO):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize(
-    "breaks", [lambda file: file.close(), lambda file: setattr(file, "write", Broken().write)]
-)
+@pytest.mark.parametrize("breaks", [lambda file: file.close(), lambda file: setattr(file, "write", Broken().write)])
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_terminal_that_goes_away_stops_no_training(
     now: list[float], breaks: Callable[[io.StringIO], None], is_terminal: bool

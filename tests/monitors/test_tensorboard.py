@@ -71,9 +71,7 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path: Path) -> None:
     assert points(tmp_path)["train/mark"] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 3.0), (5, 3.0)]
 
 
-def test_a_missing_package_is_told_of_at_construction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_told_of_at_construction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(CapabilityError, match=r"pip install 'tbptt\[tensorboard\]'"):
         TensorBoard(tmp_path)

@@ -30,9 +30,7 @@ def file_of(folder: Path, content: str | bytes) -> Path:
 
 @pytest.mark.parametrize("text", [ASCII, WIDE])
 @pytest.mark.parametrize(("begin", "end"), [(0.0, 1.0), (0.0, 0.9), (0.9, 1.0), (0.25, 0.5)])
-def test_one_lane_reads_the_text_and_predicts_the_next(
-    tmp_path: Path, text: str, begin: float, end: float
-) -> None:
+def test_one_lane_reads_the_text_and_predicts_the_next(tmp_path: Path, text: str, begin: float, end: float) -> None:
     stream = TextStream(file_of(tmp_path, text), lanes=1, begin=begin, end=end)
     part = text[round(begin * len(text)) : round(end * len(text))]
     assert stream.vocabulary is not None

@@ -6,7 +6,7 @@ Letters: T time, B lanes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -102,7 +102,9 @@ class Trial:
         with self._mode(train=False):
             begin = self.window.steps - plans["chunks"][-1]
             wanted = self._gradient(self._run(self.window, None)[0], begin)
-            apart = {label: _distance(wanted, self._gradient(self._chunks(plan), begin)) for label, plan in plans.items()}
+            apart = {
+                label: _distance(wanted, self._gradient(self._chunks(plan), begin)) for label, plan in plans.items()
+            }
             through = self._gradient(self._chunks(plans["chunks"]), begin)
             detached = self._gradient(self._chunks(plans["chunks"], cut=True), begin)
         fix = "return the state itself, not state.detach(): the library cuts the graph where it has to"
@@ -215,9 +217,7 @@ class Trial:
         return time_cat(pieces)
 
     def _gradient(self, outputs: Tree, begin: int) -> list[Tensor]:
-        found = torch.autograd.grad(_project(outputs, begin), self._parameters(), allow_unused=True)
-        pairs = zip(self._parameters(), found, strict=True)
-        return [torch.zeros_like(value) if gradient is None else gradient for value, gradient in pairs]
+        return list(torch.autograd.grad(_project(outputs, begin), self._parameters(), materialize_grads=True))
 
     def _other_lanes(self, outputs: Tree, state: Tree) -> list[Tensor]:
         kept = [leaf[:, 1:] for leaf in tensors(outputs)]
@@ -226,7 +226,7 @@ class Trial:
         return kept
 
     @contextmanager
-    def _mode(self, *, train: bool) -> Iterator[None]:
+    def _mode(self, *, train: bool) -> Generator[None]:
         """Put the copy into a mode; afterwards its buffers (running statistics, say) are as before."""
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         self.model.train(train)

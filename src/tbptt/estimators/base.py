@@ -6,13 +6,14 @@ Letters: B lanes, K boundaries crossed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tbptt.loss import Loss
+from tbptt.model import named_parameters
 from tbptt.tree import Tree
 from tbptt.window import Window
 
@@ -52,7 +53,7 @@ class Estimate:
 
         With no loss injected every `.grad` becomes None, so that `optimizer.step()` changes nothing.
         """
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model).items():
             parameter.grad = self.gradients.get(name) if self.num_injected else None
 
     def gradient_norm(self) -> Tensor:
@@ -63,7 +64,17 @@ class Estimate:
 
     def with_gradients(self, gradients: dict[str, Tensor], **metrics: float) -> Estimate:
         """Return the estimate with other gradients and more metrics, as a guard does."""
-        return replace(self, gradients=gradients, metrics=self.metrics | metrics)
+        return Estimate(
+            self.outputs,
+            self.loss,
+            self.loss_sum,
+            self.num_terms,
+            gradients,
+            self.lookback,
+            self.boundary_norms,
+            self.num_injected,
+            self.metrics | metrics,
+        )
 
 
 class Carry(Protocol):

@@ -10,7 +10,7 @@ Letters: T time, B lanes, K boundaries, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -54,11 +54,11 @@ class Segment:
         Args:
             model: the model.
             window: the steps.
-            start: the state before them; None for the model's initial state.
+            start: the state before them, detached; None for the model's initial state.
             dims: the lane dimensions of the state.
             track: whether the gradient of the start state will be asked for.
         """
-        begin = as_leaves(start) if track else detach(start)
+        begin = as_leaves(start) if track else start
         outputs, end = unroll(model, window, begin, dims)
         return Segment(outputs, begin if track else None, end, window.steps)
 
@@ -90,9 +90,7 @@ class Segment:
         before = differentiable(self.start) if start else []
         if not roots:
             return [None] * len(parameters), [None] * len(before)
-        found = torch.autograd.grad(
-            roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True
-        )
+        found = torch.autograd.grad(roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True)
         return list(found[: len(parameters)]), list(found[len(parameters) :])
 
 
@@ -131,7 +129,7 @@ def pull_back(
 def add(left: Gradients, right: Gradients) -> Gradients:
     """Return the sum of two lists of gradients; the operands stay as they are."""
     both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
-    sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both else [])  # pyright: ignore[reportPrivateUsage]
+    sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both else [])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     return [
         next(sums) if a is not None and b is not None else (b if a is None else a)
         for a, b in zip(left, right, strict=True)
@@ -197,9 +195,7 @@ class RetainedSegment:
     ) -> RetainedSegment:
         """Run `model` with `weights` over `window` from `begin`."""
         random = _random_states(window.mask.device)
-        live = with_parameters(
-            model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None)
-        )
+        live = with_parameters(model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None))
         return RetainedSegment(window.without_targets(), begin, weights, random, live)
 
     def built(self, model: nn.Module, dims: LaneDims | None) -> RetainedSegment:
@@ -247,7 +243,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 
 @contextmanager
-def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
+def _random_from(states: list[Tensor], device: torch.device) -> Generator[None]:
     """Draw the random numbers that were drawn then, and leave the generators as they are now."""
     with fork_random(device):
         torch.set_rng_state(states[0].cpu())

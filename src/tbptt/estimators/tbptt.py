@@ -144,14 +144,13 @@ class TBPTT(Estimator):
 
     def __post_init__(self) -> None:
         for name in ("k1", "k2"):
-            value = getattr(self, name)
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                object.__setattr__(self, name, int(value))  # numpy's whole numbers, too
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            value: object = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
                 raise ConfigError(
                     f"{name} was expected to be a whole number of steps, at least 1, but is {value!r}",
                     fix="TBPTT(k1=64, k2=64)",
                 )
+            object.__setattr__(self, name, int(value))  # numpy's whole numbers become Python's
         for name, choices in (("losses", ("tail", "all")), ("replay", ("recompute", "retain"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -178,9 +177,7 @@ class TBPTT(Estimator):
             return tuple(step % self.k2 + 1 for step in range(steps))
         return tuple(max(0, step + 1 - (steps - self.k2)) for step in range(steps))
 
-    def estimate(
-        self, model: nn.Module, loss: Loss, carry: TBPTTCarry, window: Window
-    ) -> tuple[Estimate, TBPTTCarry]:
+    def estimate(self, model: nn.Module, loss: Loss, carry: TBPTTCarry, window: Window) -> tuple[Estimate, TBPTTCarry]:
         """Run the model over `window` and estimate the gradient of its losses.
 
         Raises:
@@ -287,7 +284,9 @@ class _Run:
         chain = [*_last(self.model, self.carry, k2 - steps), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = self.num_terms
-        pulled = self._pull(live, [[segment.weights[name] for name in self.names] for segment in chain], injected, keep=True)
+        pulled = self._pull(
+            live, [[segment.weights[name] for name in self.names] for segment in chain], injected, keep=True
+        )
         lookback = sum(segment.steps for segment in chain)
         carry = replace(self.carry, state=state, retained=_kept(chain, k1, k2))
         return self._estimate(pulled, injected, lookback), carry

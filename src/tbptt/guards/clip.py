@@ -134,14 +134,11 @@ def _total_norm(gradients: dict[str, Tensor]) -> Tensor:
                 fix='guards=[NonFinite("skip"), ClipNorm(1.0)]  # NonFinite before clipping',
             )
     # Every number is finite and only the sum of squares has overflowed: to be clipped, not refused.
-    wide = (
-        torch.complex128 if any(gradient.is_complex() for gradient in gradients.values()) else torch.float64
-    )
+    wide = torch.complex128 if any(gradient.is_complex() for gradient in gradients.values()) else torch.float64
     norm = _norm([gradient.to(wide) for gradient in gradients.values()])
     if not math.isfinite(norm.item()):
         raise NonFiniteError(
-            "gradients of a measurable size were expected, but their norm is beyond 1e154: the training "
-            "has diverged",
+            "gradients of a measurable size were expected, but their norm is beyond 1e154: the training has diverged",
             fix="lower the learning rate, or shorten k2",
         )
     return norm

@@ -42,8 +42,7 @@ class NonFinite(Guard):
         chosen, most = cast("tuple[object, object]", (action, limit))  # whatever an unchecked caller gave
         if chosen not in ("raise", "skip"):
             raise ConfigError(
-                f'action was expected to be "raise" or "skip", but is {chosen!r}: it decides whether '
-                "training stops",
+                f'action was expected to be "raise" or "skip", but is {chosen!r}: it decides whether training stops',
                 fix='NonFinite("skip")',
             )
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
@@ -77,26 +76,18 @@ class NonFinite(Guard):
 
     def _error(self, estimate: Estimate, faulty: list[str]) -> NonFiniteError:
         shown = ", ".join(map(repr, faulty[:_SHOWN])) + (", ..." if len(faulty) > _SHOWN else "")
-        came = (
-            f"{len(faulty)} of {len(estimate.gradients)} parameters have NaN or infinity in theirs: {shown}"
-        )
+        came = f"{len(faulty)} of {len(estimate.gradients)} parameters have NaN or infinity in theirs: {shown}"
         if bool(torch.isfinite(estimate.loss)):
             where = f"the loss itself is finite ({estimate.loss.item():.6g}), so it arose on the way back"
         else:
-            where = (
-                f"the loss is {estimate.loss.item()} already, so it arose on the way forward, or in the data"
-            )
+            where = f"the loss is {estimate.loss.item()} already, so it arose on the way forward, or in the data"
         if self.action == "skip":
-            raise_because = (
-                f"{self.limit} updates in a row were refused before this one: nothing is being learned"
-            )
+            raise_because = f"{self.limit} updates in a row were refused before this one: nothing is being learned"
             fix = "lower the learning rate and resume; if the data hold NaN, mask those steps out"
         else:
             raise_because = "one update with it would make these weights NaN for good"
             fix = 'NonFinite("skip") leaves such updates out; ClipNorm(1.0) after it may prevent them'
-        return NonFiniteError(
-            f"finite gradients were expected, but {came}; {where}; {raise_because}", fix=fix
-        )
+        return NonFiniteError(f"finite gradients were expected, but {came}; {where}; {raise_because}", fix=fix)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many updates in a row were refused."""
@@ -108,8 +99,9 @@ class NonFinite(Guard):
 
 
 def _norm(gradients: list[Tensor]) -> float:
-    # What torch.nn.utils.get_total_norm does, in half its time where there are few parameters.
     norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    if all(norm.device.type == "cpu" for norm in norms):
+        return math.hypot(*[norm.item() for norm in norms])  # a third of the time of torch's own for a few parameters
     return torch.linalg.vector_norm(torch.stack([norm.to(gradients[0].device) for norm in norms])).item()
 
 

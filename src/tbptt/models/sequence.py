@@ -106,8 +106,7 @@ class SequenceModel(nn.Module):
         if self.embedding is None:
             if inputs.ndim != 3 or inputs.shape[-1] != self.inputs:
                 raise ShapeError(
-                    f"numbers of shape (T, B, {self.inputs}) were expected, time first, but "
-                    f"{tuple(inputs.shape)} came",
+                    f"numbers of shape (T, B, {self.inputs}) were expected, time first, but {tuple(inputs.shape)} came",
                     fix="inputs.unsqueeze(-1) for one number a step; embedding=32 for ids",
                 )
             entered = inputs

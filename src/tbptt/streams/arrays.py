@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import numpy as np
 import numpy.typing as npt
@@ -157,7 +157,6 @@ class ArrayStream(Stream):
         return window
 
     def _window(self, rows: Array, real: Array | None, begin: int) -> Window:
-        # where there is nothing to say the flags are left out: a window knows what that means
         mask = reset = None
         if self._mask is not None or real is not None:
             mask = np.ones(rows.shape, np.bool_) if self._mask is None else self._mask[rows]
@@ -173,10 +172,8 @@ class ArrayStream(Stream):
         if self._unreleased > _RELEASE_BYTES:
             release(self._mappings)
             self._unreleased = 0
-        return Window(inputs, targets, self._flag(mask), self._flag(reset), begin)
-
-    def _flag(self, flags: Array | None) -> Tensor | None:
-        return None if flags is None else torch.from_numpy(flags).to(self._device)
+        flags = [None if each is None else torch.from_numpy(each).to(self._device) for each in (mask, reset)]
+        return Window(inputs, targets, *cast("list[Tensor]", flags), start=begin)  # None: the window knows
 
     def rewind(self) -> None:
         """Go back to the first step: the next pass over the same rows."""
@@ -295,7 +292,9 @@ def _gather_array(
     native = np.dtype(natives[found.kind])
 
     def gather(rows: Array) -> Tensor:
-        values: Array = view[rows] if function is None else function(view[rows])
+        values: Array = view.take(rows, axis=0)
+        if function is not None:
+            values = function(values)
         if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
             raise StreamError(
                 f"{name} holds {values.max()}, which is beyond the largest int64: it would turn negative",

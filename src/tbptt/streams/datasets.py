@@ -112,9 +112,7 @@ def shakespeare(
 
 def _known(split: Split) -> Split:
     if split not in ("train", "test", "all"):
-        raise ConfigError(
-            f"split 'train', 'test' or 'all' was expected, but {split!r} came", fix='split="train"'
-        )
+        raise ConfigError(f"split 'train', 'test' or 'all' was expected, but {split!r} came", fix='split="train"')
     return split
 
 

@@ -252,9 +252,7 @@ class DelayedRecall(SyntheticStream):
     def _window(self, begin: int, end: int) -> Window:
         inputs, targets = self._now_and_before(begin, end, self.lag, blank=0)
         mask = (torch.arange(begin, end) >= self.lag)[:, None].expand(-1, self.lanes).contiguous()
-        return Window(
-            _one_hot(inputs, self.num_symbols) if self._one_hot else inputs, targets, mask, start=begin
-        )
+        return Window(_one_hot(inputs, self.num_symbols) if self._one_hot else inputs, targets, mask, start=begin)
 
 
 @final
@@ -341,9 +339,7 @@ class InfluenceBalancing(SyntheticStream):
 
     def _window(self, begin: int, end: int) -> Window:
         size = (end - begin, self.lanes)
-        return Window(
-            torch.zeros(*size, 1, dtype=self.dtype), torch.ones(size, dtype=self.dtype), start=begin
-        )
+        return Window(torch.zeros(*size, 1, dtype=self.dtype), torch.ones(size, dtype=self.dtype), start=begin)
 
 
 def _one_hot(ids: Tensor, symbols: int) -> Tensor:

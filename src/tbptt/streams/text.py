@@ -118,9 +118,7 @@ class Vocabulary:
             ConfigError: it did not write this.
         """
         if set(plain) != {"symbols"}:
-            raise ConfigError(
-                f"the key 'symbols' was expected, but {sorted(plain)} came", fix="Vocabulary.of(text)"
-            )
+            raise ConfigError(f"the key 'symbols' was expected, but {sorted(plain)} came", fix="Vocabulary.of(text)")
         return Vocabulary(plain["symbols"])
 
 
@@ -169,9 +167,7 @@ class TextStream(Stream):
     ) -> None:
         if unit not in ("characters", "bytes") or (unit == "bytes" and vocabulary is not None):
             came = f"unit={unit!r}" + ("" if vocabulary is None else " with a vocabulary of characters")
-            raise ConfigError(
-                f"unit 'characters' or 'bytes' was expected, but {came} came", fix='unit="characters"'
-            )
+            raise ConfigError(f"unit 'characters' or 'bytes' was expected, but {came} came", fix='unit="characters"')
         if not 0.0 <= begin < end <= 1.0:
             raise ConfigError(
                 f"0 <= begin < end <= 1 was expected, as fractions of the text, but {begin=} and {end=} came",
@@ -180,9 +176,7 @@ class TextStream(Stream):
         name = "the text" if isinstance(source, bytes) else str(source)
         raw = np.frombuffer(source, dtype=np.uint8) if isinstance(source, bytes) else _map(Path(source))
         if not len(raw):
-            raise StreamError(
-                f"{name} was expected to hold text, but is empty", fix="look at how it was written"
-            )
+            raise StreamError(f"{name} was expected to hold text, but is empty", fix="look at how it was written")
         if unit == "bytes":
             symbols = _Symbols(raw[slice(*_part(len(raw), begin, end))])
         else:
@@ -241,9 +235,7 @@ class _Symbols:
         return ids if self.table is None else Mapped(ids, self.table.__getitem__)
 
 
-def _characters(
-    raw: Bytes, name: str, vocabulary: Vocabulary | None, fractions: tuple[float, float]
-) -> _Symbols:
+def _characters(raw: Bytes, name: str, vocabulary: Vocabulary | None, fractions: tuple[float, float]) -> _Symbols:
     used = _used_bytes(raw)
     if not used[128:].any():  # ASCII: a character is a byte, so that the file may stay where it is
         found = vocabulary or Vocabulary("".join(map(chr, np.flatnonzero(used).tolist())))

@@ -106,11 +106,8 @@ def frozen_boundary(
         count += int(recording.mask[injected].sum())
     if not count or not total.requires_grad:
         return {name: torch.zeros_like(value) for name, value in leaves.items()}
-    found = torch.autograd.grad(total / count, list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
-    }
+    found = torch.autograd.grad(total / count, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def influence_sums(longest: int, n: int = 23, positive: int = 10) -> list[float]:
