@@ -47,7 +47,7 @@ def trainer(directory: Path | None = None, estimator: tbptt.Estimator | None = N
         "guards": [tbptt.NonFinite("raise"), tbptt.ClipNorm(0.5)],
         "scheduler": scheduler,
         "held_out": tbptt.HeldOut(tbptt.ArrayStream(*rows(50), lanes=1), every=5),
-        "saving": tbptt.Saving(every=4, keep=2),
+        "saving": tbptt.Saving(every=4, keep=2, log_every=1),
         "checked": False,  # it takes most of the time of such short runs; one test is about it
     }
     return tbptt.Trainer(
@@ -193,7 +193,7 @@ def test_an_error_in_the_data_says_where_and_loses_nothing(tmp_path: Path) -> No
     inputs[61] = torch.nan  # lane 0, step 61: in the eighth window
     stream = tbptt.ArrayStream(inputs, targets, lanes=4)
     with pytest.raises(NonFiniteError, match=r"row 61 .*lane 0, step 61"):
-        trainer(tmp_path, stream=stream, saving=tbptt.Saving(every=100)).run(updates=50)
+        trainer(tmp_path, stream=stream, saving=tbptt.Saving(every=100, log_every=1)).run(updates=50)
     inputs[61] = 0.0
     trainer(tmp_path, stream=tbptt.ArrayStream(inputs, targets, lanes=4)).run(updates=20)
     whole = tbptt.ArrayStream(inputs, targets, lanes=4)

@@ -5,10 +5,11 @@
 1. k1 = k2 = 64, LSTM 32 lanes x 256, and k1 = k2 = 16, LSTM 1 lane x 64: Trainer against a 15-line loop.
 2. k1 = 256, k2 = 64, "tail": against 256 F + 64 B; also with F of the first 192 steps taken without a graph.
 3. k1 = 8, k2 = 64: against k1 F + k2 B ("retain") and k2 F + k2 B ("recompute"), with F and B of 8-step calls
-   for "retain", which has to make such, and of one long call for "recompute"; and against the recipe of the
-   forums: single steps, a list of retained graphs, one backward for each of the last k2 steps.
+   for "retain", which has to make such, and of 64-step calls for "recompute"; and against the recipe of the
+   forums, with single steps and a list of retained graphs: as it is usually written, with a backward() for each
+   loss and each state, and with one call for each of the last k2 steps.
 
-F is forward and loss, B is backward and optimizer, per step.
+F is forward and loss, B is backward, per step; each model gets one optimizer step U for an update on top.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def by_hand(hidden: int, lanes: int, k: int, updates: int) -> Callable[[], None]
     model, optimizer = build(hidden)
     inputs, targets = (each.view(lanes, -1, FEATURES).transpose(0, 1) for each in data(k * updates, lanes))
 
+    losses: list[float] = []
+
     def loop() -> None:
         state = None
         for begin in range(0, k * updates, k):
@@ -57,6 +60,7 @@ def by_hand(hidden: int, lanes: int, k: int, updates: int) -> Callable[[], None]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses.append(loss.item())
             state = tuple(each.detach() for each in state)
 
     return loop
@@ -101,11 +105,58 @@ def forward_only(hidden: int, lanes: int, k: int, updates: int, *, graph: bool) 
     return loop
 
 
-def by_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callable[[], None]:
-    """The forum's recipe for k2 > k1, with its faults mended: single steps, their graphs kept in a list.
+def optimizer_only(hidden: int, updates: int) -> Callable[[], None]:
+    model, optimizer = build(hidden)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
 
-    Weights are replaced instead of changed in place, or its backward would fail.
+    def loop() -> None:
+        for _ in range(updates):
+            optimizer.step()
+
+    return loop
+
+
+def by_usual_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callable[[], None]:
+    """The forum's recipe for k2 > k1 as it is usually written: gradients go on through `.grad` and backward().
+
+    Mended in three places, or it would fail or be wrong: weights are replaced instead of changed in place, the
+    states are fresh leaves at each walk, and all tensors of a state go back together.
     """
+    model, _ = build(hidden)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    inputs, targets = (each.view(lanes, -1, FEATURES).transpose(0, 1) for each in data(k1 * updates, lanes))
+
+    def loop() -> None:
+        nonlocal weights
+        state = tuple(torch.zeros(1, lanes, hidden) for _ in range(2))
+        links: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, dict[str, Tensor]]] = []
+        for step in range(k1 * updates):
+            start = tuple(each.detach().requires_grad_() for each in state)
+            output, state = functional_call(model, weights, (inputs[step : step + 1], start))
+            links.append((start, state, F.mse_loss(output, targets[step : step + 1]), weights))
+            links = links[-k2:]
+            if (step + 1) % k1:
+                continue
+            for begin, _, _, used in links:
+                for leaf in (*begin, *used.values()):
+                    leaf.grad = None
+            for back in range(1, len(links) + 1):
+                _, _, loss, _ = links[-back]
+                if back <= k1:
+                    (loss / k1).backward(retain_graph=True)
+                if back < len(links):
+                    carried = [leaf.grad for leaf in links[-back][0]]
+                    torch.autograd.backward(links[-back - 1][1], carried, retain_graph=True)
+            distinct = {id(used): used for _, _, _, used in links}.values()
+            total = {name: sum(u[name].grad for u in distinct if u[name].grad is not None) for name in weights}
+            weights = {name: (value - 1e-3 * total[name]).detach().requires_grad_() for name, value in weights.items()}
+
+    return loop
+
+
+def by_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callable[[], None]:
+    """The same recipe at its best: one call of autograd for each step of the look-back."""
     model, _ = build(hidden)
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     inputs, targets = (each.view(lanes, -1, FEATURES).transpose(0, 1) for each in data(k1 * updates, lanes))
@@ -157,23 +208,30 @@ def main() -> None:
     sides["forward 8"] = forward_only(256, 32, 8, 64, graph=True)
     for replay in ("retain", "recompute"):
         sides[replay] = by_trainer(256, 32, tbptt.TBPTT(8, 64, replay=replay), 64)
-    sides["recipe"] = by_recipe(256, 32, 8, 64, 64)
+    sides["usual recipe"] = by_usual_recipe(256, 32, 8, 64, 64)
+    sides["recipe at its best"] = by_recipe(256, 32, 8, 64, 64)
+    sides["optimizer"] = optimizer_only(256, 64)
     samples = in_turn(sides, options.rounds)
 
-    def per_step(whole: str, part: str | None = None) -> list[float]:
-        pairs = zip(samples[whole], samples[part] if part else [0.0] * options.rounds, strict=True)
-        return [(a - b) / 512 for a, b in pairs]
+    u = [each / 64 for each in samples["optimizer"]]
+    f, f0, f8 = ([each / 512 for each in samples[name]] for name in ("forward 64", "forward 64 no graph", "forward 8"))
+    b = [whole / 512 - x - y / 64 for whole, x, y in zip(samples["hand 32x256"], f, u, strict=True)]
+    b8 = [whole / 512 - x - y / 8 for whole, x, y in zip(samples["hand 8"], f8, u, strict=True)]
 
-    f, f0, b = per_step("forward 64"), per_step("forward 64 no graph"), per_step("hand 32x256", "forward 64")
-    f8, b8 = per_step("forward 8"), per_step("hand 8", "forward 8")
-    tail = [2 * (256 * x + 64 * y) for x, y in zip(f, b, strict=True)]
-    strict = [2 * (192 * x0 + 64 * x + 64 * y) for x0, x, y in zip(f0, f, b, strict=True)]
-    retain = [64 * (8 * x + 64 * y) for x, y in zip(f8, b8, strict=True)]
-    long_retain = [64 * (8 * x + 64 * y) for x, y in zip(f, b, strict=True)]
-    recompute = [64 * (64 * x + 64 * y) for x, y in zip(f, b, strict=True)]
-    models = {"256 F + 64 B": tail, "192 F0 + 64 F + 64 B": strict, "8 F + 64 B of 8-step calls": retain}
-    models |= {"8 F + 64 B of 64-step calls": long_retain, "64 F + 64 B": recompute}
-    cheaper = min(models["8 F + 64 B of 8-step calls"], recompute, key=median)
+    def model(updates: int, *terms: tuple[int, list[float]]) -> list[float]:
+        return [
+            updates * (step + sum(n * v for (n, _), v in zip(terms, row, strict=True)))
+            for step, *row in zip(u, *(values for _, values in terms), strict=True)
+        ]
+
+    models = {
+        "256 F + 64 B": model(2, (256, f), (64, b)),
+        "192 F0 + 64 F + 64 B": model(2, (192, f0), (64, f), (64, b)),
+        "8 F + 64 B, 8-step calls": model(64, (8, f8), (64, b8)),
+        "64 F + 64 B": model(64, (64, f), (64, b)),
+        "8 F + 64 B, 64-step calls": model(64, (8, f), (64, b)),
+    }
+    cheaper = min(models["8 F + 64 B, 8-step calls"], models["64 F + 64 B"], key=median)
     every = samples | models | {"cheaper": cheaper}
     figures = {
         "trainer / hand, k1=k2=64, LSTM 32x256 (<= 1.03)": ratio(every, "trainer 32x256", "hand 32x256"),
@@ -185,7 +243,8 @@ def main() -> None:
         figures[f"{side} k1=8 k2=64 / cheaper cost model (<= 1.15)"] = ratio(every, side, "cheaper")
         for name in list(models)[2:]:
             figures[f"{side} / ({name})"] = ratio(every, side, name)
-        figures[f"recipe / {side} (>= 3)"] = ratio(every, "recipe", side)
+        for recipe in ("usual recipe", "recipe at its best"):
+            figures[f"{recipe} / {side} (>= 3)"] = ratio(every, recipe, side)
     medians = {f"median ms: {name}": median(values) * 1e3 for name, values in every.items()}
     save("speed_loop", figures | medians, samples, rounds=options.rounds)
 

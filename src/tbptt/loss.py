@@ -168,7 +168,7 @@ class _ClassLoss(_TorchLoss):
                 fix="let the model end in nn.Linear(hidden, classes), and give class indices as targets",
             )
         try:
-            return loss(outputs.flatten(0, 1), targets.flatten(0, 1))
+            return loss.forward(outputs.flatten(0, 1), targets.flatten(0, 1))
         except (IndexError, RuntimeError) as error:
             wrong = None if targets.is_floating_point() else _wrong_class(targets, outputs.shape[2])
             if wrong is None:
@@ -194,7 +194,7 @@ class _ElementLoss(_TorchLoss):
                 f"{tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
                 fix="outputs.squeeze(-1) in the model, or targets.unsqueeze(-1) in the stream",
             )
-        return loss(outputs, targets.to(outputs.dtype))
+        return loss.forward(outputs, targets if targets.dtype == outputs.dtype else targets.to(outputs.dtype))
 
 
 def _reduced(loss: nn.Module, reduction: str) -> nn.Module:

@@ -56,12 +56,12 @@ class Saving:
     Args:
         every: updates between two checkpoints; there is one at the end of a run as well.
         keep: how many are kept.
-        log_every: updates to a line of metrics.jsonl.
+        log_every: updates to a line of metrics.jsonl, which has the loss over all of them.
     """
 
     every: int = 1000
     keep: int = 3
-    log_every: int = 1
+    log_every: int = 10
 
 
 @dataclass(frozen=True)

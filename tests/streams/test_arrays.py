@@ -11,7 +11,7 @@ import torch
 from tbptt.errors import ConfigError, EndOfStream, NonFiniteError, ShapeError, StreamError
 from tbptt.streams import ArrayStream, split_rows
 from tbptt.streams import arrays as module
-from tbptt.streams.arrays import Mapped
+from tbptt.streams.leaves import Mapped
 from tbptt.window import Window
 
 
@@ -243,7 +243,7 @@ def test_a_mapped_file_does_not_pile_up_in_memory(tmp_path: Path, monkeypatch: p
 
 
 def test_private_changes_of_a_mapped_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RELEASE_BYTES", 0)
+    monkeypatch.setattr(module, "RELEASE_BYTES", 0)
     path = tmp_path / "recording.bin"
     np.arange(5000, dtype=np.int32).tofile(path)
     for mode, kept in (("c", 7), ("r+", 7)):

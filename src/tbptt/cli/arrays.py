@@ -19,7 +19,7 @@ from tbptt.cli.rundir import Facts, fingerprint
 from tbptt.cli.settings import did_you_mean
 from tbptt.errors import NonFiniteError, ShapeError, StreamError
 from tbptt.streams import ArrayStream, split_rows
-from tbptt.streams.arrays import Mapped, mapped_files, release
+from tbptt.streams.leaves import Mapped, mapped_files, release
 
 __all__ = ["Recording", "facts_of", "load", "split", "stream_of"]
 

@@ -25,6 +25,8 @@ from tbptt.window import Window
 
 __all__ = ["TBPTT", "TBPTTCarry"]
 
+_NONE_CROSSED = torch.zeros(0)
+
 
 @dataclass(frozen=True, eq=False)
 class _Past:
@@ -341,7 +343,7 @@ class _Run:
             num_terms=self.num_terms,
             gradients=own(self.names, self.parameters, pulled.gradients),
             lookback=lookback,
-            boundary_norms=torch.stack(norms) if norms else loss_sum.new_zeros(0),
+            boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
             num_injected=injected,
         )
 

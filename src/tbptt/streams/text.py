@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tbptt.errors import ConfigError, StreamError
-from tbptt.streams.arrays import ArrayStream, Mapped, mapped_files, release
+from tbptt.streams.arrays import ArrayStream
 from tbptt.streams.base import Stream
+from tbptt.streams.leaves import Mapped, mapped_files, release
 from tbptt.window import Window
 
 __all__ = ["TextStream", "Vocabulary"]
