@@ -210,6 +210,9 @@ def main() -> None:
         sides[replay] = by_trainer(256, 32, tbptt.TBPTT(8, 64, replay=replay), 64)
     sides["usual recipe"] = by_usual_recipe(256, 32, 8, 64, 64)
     sides["recipe at its best"] = by_recipe(256, 32, 8, 64, 64)
+    sides["retain 1x64"] = by_trainer(64, 1, tbptt.TBPTT(8, 64, replay="retain"), 16)
+    sides["usual recipe 1x64"] = by_usual_recipe(64, 1, 8, 64, 16)
+    sides["recipe at its best 1x64"] = by_recipe(64, 1, 8, 64, 16)
     sides["optimizer"] = optimizer_only(256, 64)
     samples = in_turn(sides, options.rounds)
 
@@ -239,6 +242,8 @@ def main() -> None:
         "tail k1=256 k2=64 / (256 F + 64 B) (<= 1.08)": ratio(every, "tail", "256 F + 64 B"),
         "tail / (192 F0 + 64 F + 64 B), F0 without a graph": ratio(every, "tail", "192 F0 + 64 F + 64 B"),
     }
+    for recipe in ("usual recipe", "recipe at its best"):
+        figures[f"{recipe} / retain, LSTM 1x64 (>= 3)"] = ratio(every, f"{recipe} 1x64", "retain 1x64")
     for side in ("retain", "recompute"):
         figures[f"{side} k1=8 k2=64 / cheaper cost model (<= 1.15)"] = ratio(every, side, "cheaper")
         for name in list(models)[2:]:
