@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import tbptt
 from tbptt.errors import CapabilityError, ShapeError
+from tbptt.estimators import TBPTT, TBPTTCarry
 from tbptt.model import (
+from tbptt.window import Window
     find_lane_dims,
     initial_state,
     named_parameters,
@@ -162,14 +164,26 @@ def test_buffers_really_change_in_a_run() -> None:
     assert not torch.equal(torch.get_rng_state(), random)
 
 
+class InPairs(nn.GRU):
+    """A model whose windows have an even number of steps."""
+
+    def forward(self, inputs: Tensor, state: Any = None) -> Any:
+        if len(inputs) % 2:
+            raise ValueError("an even number of steps is needed")
+        return super().forward(inputs, state)
+
+
 def test_a_model_of_one_number_of_lanes_and_one_that_cannot_be_run() -> None:
     class Fixed(nn.GRU):
         def forward(self, inputs: Tensor, state: Any = None) -> Any:
             return super().forward(inputs.view(-1, B, D), state)
 
     assert find_lane_dims(Fixed(D, H), torch.zeros(T, B, D)) is None
+    wrong = Window(torch.zeros(T, B, D + 1), torch.zeros(T, B, H))
+    assert find_lane_dims(nn.GRU(D, H), wrong.inputs) is None
     with pytest.raises(RuntimeError, match=r"input\.size"):  # of the model itself, seen by the user
-        find_lane_dims(nn.GRU(D, H), torch.zeros(T, B, D + 1))
+        TBPTT(T, T).estimate(nn.GRU(D, H), nn.MSELoss(), TBPTTCarry(B), wrong)
+    assert find_lane_dims(InPairs(D, H), torch.zeros(4, B, D)) == (1,)  # not to be run for one step
 
     class Stateless(nn.Linear):
         def forward(self, inputs: Tensor, state: Any = None) -> Any:

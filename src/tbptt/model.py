@@ -211,30 +211,17 @@ def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:
 
     Returns:
         The dimensions, None for a leaf that did not grow; None as a whole for a model that cannot be run
-        with another number of lanes.
+        with another number of lanes, or not at all.
 
     Raises:
         CapabilityError: the model does not return (outputs, state).
     """
-    one = time_slice(inputs, 0, 1)
-    more = tree_map(lambda leaf: torch.cat([leaf, leaf[:, :1]], 1), one)
-    shapes = []
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
     lanes = tensors(inputs)[0].shape[1]
-    with fork_random(tensors(inputs)[0].device), torch.no_grad():
-        try:
-            for sample, size in ((one, lanes), (more, lanes + 1)):
-                _, state = split_result(model, model(sample, initial_state(model, size)))
-                shapes.append([tuple(leaf.shape) for leaf in tensors(detach(state))])
-        except TbpttError:
-            raise
-        except (RuntimeError, ValueError, IndexError):
-            if not shapes:  # it cannot be run at all: let the user see where
-                raise
-            return None
-        finally:
-            for name, value in model.named_buffers():
-                value.copy_(buffers[name])
+    shapes = _state_shapes(model, time_slice(inputs, 0, 1))
+    if not shapes:  # some models take no single step
+        shapes = _state_shapes(model, inputs)
+    if len(shapes) < 2:
+        return None
     if len(shapes[0]) != len(shapes[1]):
         raise ShapeError(
             f"the model's state has {len(shapes[0])} tensors for {lanes} lanes and {len(shapes[1])} for {lanes + 1}: "
@@ -242,6 +229,27 @@ def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:
             fix="give each tensor of the state a lane dimension instead of one tensor for each lane",
         )
     return tuple(_grown(before, after, lanes) for before, after in zip(*shapes, strict=True))
+
+
+def _state_shapes(model: nn.Module, inputs: Tree) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of the state's tensors for B and for B + 1 lanes, as far as the model can be run."""
+    lanes = tensors(inputs)[0].shape[1]
+    more = tree_map(lambda leaf: torch.cat([leaf, leaf[:, :1]], 1), inputs)
+    shapes: list[list[tuple[int, ...]]] = []
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with fork_random(tensors(inputs)[0].device), torch.no_grad():
+        try:
+            for sample, size in ((inputs, lanes), (more, lanes + 1)):
+                _, state = split_result(model, model(sample, initial_state(model, size)))
+                shapes.append([tuple(leaf.shape) for leaf in tensors(detach(state))])
+        except TbpttError:
+            raise
+        except (RuntimeError, ValueError, IndexError):
+            pass  # what cannot be run at all fails again, and says where, when it is trained
+        finally:
+            for name, value in model.named_buffers():
+                value.copy_(buffers[name])
+    return shapes
 
 
 def _grown(before: tuple[int, ...], after: tuple[int, ...], lanes: int) -> int | None:
