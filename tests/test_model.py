@@ -12,7 +12,6 @@ import tbptt
 from tbptt.errors import CapabilityError, ShapeError
 from tbptt.estimators import TBPTT, TBPTTCarry
 from tbptt.model import (
-from tbptt.window import Window
     find_lane_dims,
     initial_state,
     named_parameters,
@@ -20,6 +19,7 @@ from tbptt.window import Window
     trainable_parameters,
     with_parameters,
 )
+from tbptt.window import Window
 
 T, B, D, H = 5, 3, 2, 4
 
