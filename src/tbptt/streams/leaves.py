@@ -136,7 +136,7 @@ def _gather_array(
     native = np.dtype(natives[found.kind])
 
     def gather(rows: Array) -> Tensor:
-        values: Array = view.take(rows, axis=0)
+        values: Array = view[rows]  # not take(), which first copies the whole of a file that is cut by columns
         if function is not None:
             values = function(values)
         if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
