@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 import time
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from statistics import median
 
@@ -93,3 +95,13 @@ def test_importing_costs_little_more_than_importing_torch() -> None:
     seconds("tbptt")
     ratios = [seconds("tbptt") / seconds("torch") for _ in range(7)]
     assert median(ratios) < 1.3, ratios
+
+
+def test_no_mutant_is_stale() -> None:
+    """Each text that `scripts/mutants` replaces stands exactly once: else a mutant would no longer be tried."""
+    loader = SourceFileLoader("mutants", str(ROOT.parents[1] / "scripts" / "mutants"))
+    module = module_from_spec(spec_from_loader("mutants", loader))
+    sys.modules["mutants"] = module  # its dataclass looks itself up
+    loader.exec_module(module)
+    counts = {each.name: (ROOT / each.file).read_text(encoding="utf-8").count(each.old) for each in module.MUTANTS}
+    assert set(counts.values()) == {1}, {name: count for name, count in counts.items() if count != 1}
