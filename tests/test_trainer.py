@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -335,3 +336,35 @@ def test_a_gpu_trains_like_the_cpu() -> None:
         tbptt.Trainer(model, nn.MSELoss(), sgd, tbptt.TBPTT(8, 13, replay="retain"), stream).run(updates=20)
         losses[device] = tbptt.evaluate(model, nn.MSELoss(), stream)["loss"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+def test_gradients_of_one_update_do_not_outlive_it(tmp_path: Path) -> None:
+    """Else a run would need room for the gradients twice."""
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Watches(tbptt.Estimator):
+        kind = "biased"
+        inner = tbptt.TBPTT(8, 8)
+
+        def next_steps(self, carry):
+            alive.append(sum(each() is not None for each in seen))
+            return 8
+
+        def init(self, model, lanes):
+            return self.inner.init(model, lanes)
+
+        def reach(self, steps):
+            return self.inner.reach(steps)
+
+        def estimate(self, model, loss, carry, window):
+            alive.append(sum(each() is not None for each in seen))  # before the next backward pass
+            result = self.inner.estimate(model, loss, carry, window)
+            seen.extend(weakref.ref(gradient) for gradient in result[0].gradients.values())
+            return result
+
+    progress = tbptt.Progress(every_s=1e6)
+    trainer(tmp_path, Watches(), guards=[], monitors=[progress], held_out=None).run(updates=4)
+    assert len(seen) > 0
+    before_estimates = alive[1::2]
+    assert before_estimates == [0] * len(before_estimates)

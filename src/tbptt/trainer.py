@@ -231,6 +231,7 @@ class Trainer:
         raise AssertionError("unreachable")
 
     def _update(self, window: Window) -> None:
+        self.optimizer.zero_grad()  # the last gradients make room for the next
         raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window.to(self.device))
         estimate = self._guard(raw)
         applied = estimate is not None and estimate.num_injected > 0

@@ -254,23 +254,6 @@ def test_every_is_checked(tmp_path: Path, every: Any) -> None:
         MetricsFile(tmp_path / "m.jsonl", every)
 
 
-def test_an_update_without_a_line_costs_next_to_nothing(tmp_path: Path) -> None:
-    monitor = MetricsFile(tmp_path / "m.jsonl", every=10**9)
-    monitor.begin(Plan(0, None, 4))
-    update = update_at(1)
-    times: list[float] = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        for _ in range(200):
-            monitor.update(update)
-        times.append((time.perf_counter() - begin) / 200)
-    monitor.end()
-    assert min(times) < 15e-6
-
-
-# ------------------------------------------------------------------------------------------- times
-
-
 def test_timing_counts_steps_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tbptt.estimators.base import Estimate
@@ -48,6 +48,17 @@ class Update:
     estimate: Estimate
     applied: bool
     learning_rate: float
+
+    def to_keep(self) -> Update:
+        """Return the update without its gradients, their norm measured, for a monitor that remembers it.
+
+        Whoever keeps the update itself keeps memory as large as the model, through the next backward pass.
+        """
+        estimate = self.estimate
+        measured = {}
+        if estimate.num_injected and "gradient_norm" not in estimate.metrics:
+            measured["gradient_norm"] = float(estimate.gradient_norm())
+        return replace(self, estimate=estimate.with_gradients({}, **measured))
 
 
 @dataclass(frozen=True)

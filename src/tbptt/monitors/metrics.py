@@ -80,7 +80,7 @@ class MetricsFile(Monitor):
     def update(self, update: Update) -> None:
         """Count one update, and write a line if it is time."""
         estimate = update.estimate
-        self._last = update
+        self._last = update.to_keep()
         self._pending.append(estimate.loss_sum)
         self._num_terms += estimate.num_terms
         self._num_updates += 1

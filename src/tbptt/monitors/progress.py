@@ -92,7 +92,7 @@ class Progress(Monitor):
 
     def update(self, update: Update) -> None:
         """Count one update, and draw if it is time."""
-        self._last = update
+        self._last = update.to_keep()
         self._pending.append(update.estimate.loss_sum)
         self._num_terms += update.estimate.num_terms
         self._num_updates += 1
