@@ -19,7 +19,7 @@ T, B, C, D = 6, 3, 5, 2
 
 
 def window(targets: Tensor, mask: Tensor | None = None) -> Window:
-    return Window(torch.zeros(*targets.shape[:2], 1), targets, mask)  # type: ignore[arg-type]
+    return Window(torch.zeros(*targets.shape[:2], 1), targets, mask)
 
 
 def mean(loss: Any, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -179,7 +179,7 @@ def test_losses_that_compare_something_else_are_refused(loss: nn.Module) -> None
 
 def test_what_is_no_loss_is_refused() -> None:
     with pytest.raises(CapabilityError, match="but a str came"):
-        StepLoss.of("mse")  # type: ignore[arg-type]
+        StepLoss.of("mse")
 
 
 @pytest.mark.parametrize(

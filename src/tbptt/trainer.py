@@ -48,6 +48,9 @@ class HeldOut:
     every: int = 1000
     metrics: Mapping[str, Metric] = field(default_factory=dict[str, Metric])
 
+    def __post_init__(self) -> None:
+        _check_every("HeldOut", self.every)
+
 
 @dataclass(frozen=True)
 class Saving:
@@ -62,6 +65,17 @@ class Saving:
     every: int = 1000
     keep: int = 3
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_every("Saving", self.every)
+
+
+def _check_every(owner: str, every: int) -> None:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"{owner}.every was expected to be a whole number of updates, at least 1, but is {every!r}",
+            fix=f"{owner}(..., every=1000)",
+        )
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def test_models_that_cannot_be_trained_in_windows(model: Any, expected: str, fix
 
 def test_a_cell_that_cannot_be_called() -> None:
     with pytest.raises(CapabilityError, match="but a int came"):
-        tbptt.scan(3)  # type: ignore[arg-type]
+        tbptt.scan(3)
 
 
 def test_single_lanes_cannot_be_reset_where_the_lanes_are_not_known() -> None:

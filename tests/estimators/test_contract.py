@@ -119,7 +119,7 @@ def test_each_loss_is_injected_exactly_once(k1: int, k2: int, replay: str) -> No
         return (outputs * targets).sum(-1)
 
     for losses in ("tail", "all"):
-        estimator = TBPTT(k1, k2, losses=losses, replay=replay)  # type: ignore[arg-type]
+        estimator = TBPTT(k1, k2, losses=losses, replay=replay)
         carry, counted, collected = estimator.init(model, B), 0, torch.zeros(H).double()
         for window in cut(recording, k1):
             estimate, carry = estimator.estimate(model, product_of, carry, window)
@@ -264,7 +264,7 @@ def test_a_learnable_start_learns_at_the_start_and_after_a_reset(estimator: TBPT
 def test_boundary_norms_are_those_of_the_states_gradient(replay: str) -> None:
     torch.manual_seed(8)
     model, recording = nn.LSTM(D, H).double(), recorded(21)
-    estimates, _ = run(TBPTT(3, 9, replay=replay), model, list(cut(recording, 3)))  # type: ignore[arg-type]
+    estimates, _ = run(TBPTT(3, 9, replay=replay), model, list(cut(recording, 3)))
     states: list[Any] = [None]
     for begin in range(0, 21, 3):
         if begin == 12:

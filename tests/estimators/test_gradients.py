@@ -35,7 +35,7 @@ def test_every_regime_is_the_gradient_with_frozen_boundaries(name: str, k1: int,
     parameters = {key: value.detach() for key, value in system.model.named_parameters()}
     wanted: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for losses, replay in product(("tail", "all"), ("recompute", "retain")):
-        estimator = TBPTT(k1, k2, losses=losses, replay=replay)  # type: ignore[arg-type]
+        estimator = TBPTT(k1, k2, losses=losses, replay=replay)
         carry = estimator.init(system.model, B)
         parts = windows(recording, k1)
         for index, window in enumerate(parts):

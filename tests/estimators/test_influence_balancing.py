@@ -80,7 +80,7 @@ def windows(steps: int, k1: int, *, added: Tensor | None = None, counts: bool = 
     return [Window(inputs, torch.ones(k1, 1).double(), mask, start=at) for at in range(0, steps, k1)]
 
 
-def last(estimator: TBPTT, model: Influence, steps: int, loss=to_one) -> Estimate:  # type: ignore[no-untyped-def]
+def last(estimator: TBPTT, model: Influence, steps: int, loss=to_one) -> Estimate:
     carry = estimator.init(model, 1)
     for window in windows(steps, estimator.k1):
         estimate, carry = estimator.estimate(model, loss, carry, window)
@@ -117,7 +117,7 @@ def test_sensitivities_over_1_to_100_lags() -> None:
 @pytest.mark.parametrize("replay", ["recompute", "retain"])
 @pytest.mark.parametrize("lags", [1, 2, 10, 41])
 def test_sensitivities_with_overlapping_windows(lags: int, replay: str) -> None:
-    estimator = TBPTT(1, lags, replay=replay)  # type: ignore[arg-type]
+    estimator = TBPTT(1, lags, replay=replay)
     found = last(estimator, Influence(settled()), lags + 3, itself).gradients["theta"]
     assert float(found) == pytest.approx(influence_sums(lags)[-1], abs=1e-9)
 
@@ -127,7 +127,7 @@ def test_the_sign_is_wrong_at_40_lags_and_right_at_41(replay: str) -> None:
     """From the settled state: loss 8, and a true slope of (s - 1) S_oo = (-3 - 1)(-6) = 24."""
     slopes = {}
     for lags in (40, 41):
-        estimator = TBPTT(1, lags, replay=replay)  # type: ignore[arg-type]
+        estimator = TBPTT(1, lags, replay=replay)
         estimate = last(estimator, Influence(settled()), lags + 3)
         assert float(estimate.loss) == pytest.approx(8.0, abs=1e-9)
         slopes[lags] = float(estimate.gradients["theta"])
@@ -145,7 +145,7 @@ def trained(k2: int, replay: str, *, before: bool, updates: int = 3000) -> float
     """Return theta after training, with or without the k2 - 1 steps before the first loss."""
     model = Influence(ONES)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, foreach=False)
-    estimator = TBPTT(1, k2, replay=replay)  # type: ignore[arg-type]
+    estimator = TBPTT(1, k2, replay=replay)
     carry = estimator.init(model, 1)
     holding = ONES - ONES @ torch.from_numpy(MATRIX.T) - 0.5 * torch.from_numpy(SIGNS)
     stream = windows(k2 - 1, 1, added=holding, counts=False) if before else []

@@ -98,7 +98,7 @@ def test_products_of_jacobians(k1: int, k2: int, replay: str) -> None:
     model, x, y = problem()
     oracle = Tanh(model)
     blind = []
-    for last, steps, estimate in estimates(TBPTT(k1, k2, replay=replay), model, x, y):  # type: ignore[arg-type]
+    for last, steps, estimate in estimates(TBPTT(k1, k2, replay=replay), model, x, y):
         lanes = [(x[:, lane].numpy(), y[:, lane].numpy()) for lane in range(B)]
         count = B * (steps if k2 > k1 else min(k2, steps))
         assert estimate.num_injected == count
@@ -115,7 +115,7 @@ def test_a_look_back_over_everything_is_full_backpropagation(replay: str) -> Non
     model, x, y = problem()
 
     def total(k2: int) -> Array:
-        found = estimates(TBPTT(4, k2, replay=replay), model, x, y)  # type: ignore[arg-type]
+        found = estimates(TBPTT(4, k2, replay=replay), model, x, y)
         return sum((flat(each.gradients) * each.num_injected for _, _, each in found), np.zeros(1))
 
     whole = torch.autograd.grad(squared(model(x)[0], y).sum(), [getattr(model, name) for name in NAMES])

@@ -54,7 +54,7 @@ def train(
     run = Run(recording, list(pairwise(accumulate(sizes, initial=0))))
     for begin, _ in run.bounds:
         recording.mask[begin, 0] = True  # something to learn in each window
-    estimator = TBPTT(K1, K2, replay=replay)  # type: ignore[arg-type]
+    estimator = TBPTT(K1, K2, replay=replay)
     carry = estimator.init(system.model, B)
     descend = optimizer(list(system.model.parameters()))
     for begin, end in run.bounds:

@@ -30,7 +30,7 @@ def formula(k1: int, k2: int, losses: str) -> list[int]:
 @pytest.mark.parametrize("replay", ["recompute", "retain"])
 def test_measured_reach_is_the_formula(k1: int, k2: int, losses: str, replay: str) -> None:
     torch.manual_seed(0)
-    estimator = TBPTT(k1, k2, losses=losses, replay=replay)  # type: ignore[arg-type]
+    estimator = TBPTT(k1, k2, losses=losses, replay=replay)
     found = measure_reach(nn.GRU(D, 3).double(), torch.randn(5, 1, D).double(), estimator)
     assert [reach.measured for reach in found] == formula(k1, k2, losses)
     assert [reach.asked for reach in found] == formula(k1, k2, losses)

@@ -230,7 +230,7 @@ def test_a_full_disk_stops_no_training_and_loses_no_line(tmp_path: Path, monkeyp
     monitor = MetricsFile(tmp_path / "m.jsonl")
     monitor.begin(Plan(0, None, 4))
     disk = FullDisk(monitor._file)
-    monitor._file = disk  # type: ignore[assignment]
+    monitor._file = disk
     with pytest.warns(CheckpointWarning, match="No space left") as caught:
         drive(monitor, 1, 9)
     assert len(caught) == 1  # loud, but once

@@ -189,7 +189,7 @@ def test_what_cannot_be_meant_is_refused_with_the_reason() -> None:
         ArrayStream(np.ones(0), lanes=1)
     for lanes in (0, -1, True, 2.0, "2"):
         with pytest.raises(ConfigError, match="lanes was expected to be a whole number"):
-            ArrayStream(x, lanes=lanes)  # type: ignore[arg-type]
+            ArrayStream(x, lanes=lanes)
     with pytest.raises(ShapeError, match=r"mask was expected to be bool of shape \(10,\)"):
         ArrayStream(x, lanes=1, mask=np.ones(10))
     with pytest.raises(ShapeError, match="reset was expected"):
@@ -247,7 +247,7 @@ def test_private_changes_of_a_mapped_file_are_kept(tmp_path: Path, monkeypatch: 
     path = tmp_path / "recording.bin"
     np.arange(5000, dtype=np.int32).tofile(path)
     for mode, kept in (("c", 7), ("r+", 7)):
-        mapped = np.memmap(path, np.int32, mode)  # type: ignore[call-overload]
+        mapped = np.memmap(path, np.int32, mode)
         mapped[4000] = 7
         stream = ArrayStream(mapped[10:], lanes=1)
         values = torch.cat([window.inputs for window in stream.windows(100)])

@@ -62,7 +62,7 @@ def test_the_ecg_stream_has_the_agreed_shapes() -> None:
     assert window.inputs.dtype == window.targets.dtype == torch.float32
     assert stream.steps == 1800
     with pytest.raises(ConfigError, match="'train', 'test' or 'all'"):
-        ecg(split="valid")  # type: ignore[arg-type]
+        ecg(split="valid")
 
 
 def test_the_script_finds_the_stored_peaks(peaks: np.ndarray) -> None:

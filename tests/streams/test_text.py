@@ -147,7 +147,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="0 <= begin < end <= 1"):
             TextStream(path, lanes=1, begin=begin, end=end)
     with pytest.raises(ConfigError, match="unit='words'"):
-        TextStream(path, lanes=1, unit="words")  # type: ignore[arg-type]
+        TextStream(path, lanes=1, unit="words")
     with pytest.raises(ConfigError, match="with a vocabulary"):
         TextStream(path, lanes=1, unit="bytes", vocabulary=Vocabulary("a"))
 

@@ -45,7 +45,8 @@ def check(model: nn.Module, example: Window | Tree, estimator: Estimator | None 
         True
     """
     check_trainable(model)
-    with fork_random(next(model.parameters()).device):
+    # without cuDNN, whose recurrent layers have no backward pass in eval mode, where dropout is off
+    with fork_random(next(model.parameters()).device), torch.backends.cudnn.flags(enabled=False):
         torch.manual_seed(0)
         trial = Trial.prepare(model, example if isinstance(example, Window) else Window(example))
         return CheckReport(type(model).__name__, tuple(_answers(trial, estimator)))

@@ -241,12 +241,12 @@ def _in_double(model: nn.Module, inputs: Tree) -> tuple[nn.Module, Tree, float]:
     """Return model, inputs and tolerance: in double precision if the model can be run so."""
     if any(value.dtype not in (torch.float32, torch.float64) for value in model.parameters()):
         return model, inputs, 1e-2
-    doubled = copy.deepcopy(model).double()
-    wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, inputs)
     try:
+        doubled = copy.deepcopy(model).double()
+        wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, inputs)
         with torch.no_grad():
             unroll(doubled, Window(wide)[:1], None, None)
-    except (RuntimeError, TbpttError):  # it fixes a dtype inside, or cannot be run: the experiments will tell
+    except (RuntimeError, TypeError, TbpttError):  # it fixes a dtype inside, or the device has no float64
         return model, inputs, 1e-4
     return copy.deepcopy(model).double(), wide, 1e-8
 
