@@ -256,9 +256,9 @@ def test_bad_settings_are_refused() -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True, "8"])
 def test_intervals_that_cannot_be_meant_are_refused(every: object) -> None:
-    with pytest.raises(ConfigError, match="Saving.every was expected to be a whole number of updates"):
+    with pytest.raises(ConfigError, match=r"Saving\.every was expected to be a whole number of updates"):
         tbptt.Saving(every=every)
-    with pytest.raises(ConfigError, match="HeldOut.every was expected to be a whole number of updates"):
+    with pytest.raises(ConfigError, match=r"HeldOut\.every was expected to be a whole number of updates"):
         tbptt.HeldOut(tbptt.ArrayStream(*rows(50), lanes=1), every=every)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
@@ -177,13 +179,15 @@ class Config(_Section):
 
 
 def estimator_classes() -> dict[str, Callable[..., Estimator]]:
-    """Return every estimator that `tbptt.estimators` exports, by name: a new one is here by being there."""
-    found = {name: getattr(estimators, name) for name in estimators.__all__}
-    return {
-        name: each
-        for name, each in found.items()
-        if isinstance(each, type) and issubclass(each, Estimator) and not inspect.isabstract(each)
-    }
+    """Return every estimator in the files of `tbptt.estimators`, by name: a new one is here by being there."""
+    found: dict[str, Callable[..., Estimator]] = {}
+    for file in pkgutil.iter_modules(estimators.__path__):
+        module = importlib.import_module(f"{estimators.__name__}.{file.name}")
+        for name, each in vars(module).items():
+            its_own = isinstance(each, type) and each.__module__ == module.__name__
+            if its_own and issubclass(each, Estimator) and not inspect.isabstract(each):
+                found[name] = each
+    return found
 
 
 def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -> type[BaseModel]:
