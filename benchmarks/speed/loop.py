@@ -117,11 +117,16 @@ def optimizer_only(hidden: int, updates: int) -> Callable[[], None]:
     return loop
 
 
-def by_usual_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callable[[], None]:
-    """The forum's recipe for k2 > k1 as it is usually written: gradients go on through `.grad` and backward().
+Link = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, dict[str, Tensor]]
+"""A step of the recipe: its start state, its end state, its loss, and the weights it was run with."""
+Walk = Callable[[list[Link], int], dict[str, Tensor]]
+"""The links of a look-back, newest last, and k1 -> the gradients of the last k1 losses."""
 
-    Mended in three places, or it would fail or be wrong: weights are replaced instead of changed in place, the
-    states are fresh leaves at each walk, and all tensors of a state go back together.
+
+def by_recipe(walk: Walk, hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callable[[], None]:
+    """The forum's recipe for k2 > k1: single steps, their graphs kept in a list.
+
+    Weights are replaced instead of changed in place, or its backward would fail.
     """
     model, _ = build(hidden)
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
@@ -130,64 +135,53 @@ def by_usual_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> 
     def loop() -> None:
         nonlocal weights
         state = tuple(torch.zeros(1, lanes, hidden) for _ in range(2))
-        links: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, dict[str, Tensor]]] = []
+        links: list[Link] = []
         for step in range(k1 * updates):
             start = tuple(each.detach().requires_grad_() for each in state)
             output, state = functional_call(model, weights, (inputs[step : step + 1], start))
             links.append((start, state, F.mse_loss(output, targets[step : step + 1]), weights))
             links = links[-k2:]
-            if (step + 1) % k1:
-                continue
-            for begin, _, _, used in links:
-                for leaf in (*begin, *used.values()):
-                    leaf.grad = None
-            for back in range(1, len(links) + 1):
-                _, _, loss, _ = links[-back]
-                if back <= k1:
-                    (loss / k1).backward(retain_graph=True)
-                if back < len(links):
-                    carried = [leaf.grad for leaf in links[-back][0]]
-                    torch.autograd.backward(links[-back - 1][1], carried, retain_graph=True)
-            distinct = {id(used): used for _, _, _, used in links}.values()
-            total = {name: sum(u[name].grad for u in distinct if u[name].grad is not None) for name in weights}
-            weights = {name: (value - 1e-3 * total[name]).detach().requires_grad_() for name, value in weights.items()}
+            if (step + 1) % k1 == 0:
+                total = walk(links, k1)
+                weights = {
+                    name: (value - 1e-3 * total[name]).detach().requires_grad_() for name, value in weights.items()
+                }
 
     return loop
 
 
-def by_recipe(hidden: int, lanes: int, k1: int, k2: int, updates: int) -> Callable[[], None]:
-    """The same recipe at its best: one call of autograd for each step of the look-back."""
-    model, _ = build(hidden)
-    weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
-    inputs, targets = (each.view(lanes, -1, FEATURES).transpose(0, 1) for each in data(k1 * updates, lanes))
+def usual_walk(links: list[Link], k1: int) -> dict[str, Tensor]:
+    """Go back as it is usually written: through `.grad`, a backward() for each loss and for each state.
 
-    def loop() -> None:
-        nonlocal weights
-        state = tuple(torch.zeros(1, lanes, hidden) for _ in range(2))
-        links: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, dict[str, Tensor]]] = []
-        for step in range(k1 * updates):
-            start = tuple(each.detach().requires_grad_() for each in state)
-            output, state = functional_call(model, weights, (inputs[step : step + 1], start))
-            links.append((start, state, F.mse_loss(output, targets[step : step + 1]), weights))
-            links = links[-k2:]
-            if (step + 1) % k1:
-                continue
-            total = {name: torch.zeros_like(value) for name, value in weights.items()}
-            above: tuple[Tensor, ...] | None = None
-            for back, (begin, end, loss, used) in enumerate(reversed(links)):
-                roots, seeds = ([loss / k1], [torch.ones(())]) if back < k1 else ([], [])
-                if above is not None:
-                    roots, seeds = [*roots, *end], [*seeds, *above]
-                found = torch.autograd.grad(
-                    roots, [*used.values(), *begin], seeds, retain_graph=True, allow_unused=True
-                )
-                for name, gradient in zip(used, found, strict=False):
-                    if gradient is not None:
-                        total[name] += gradient
-                above = found[-2:]
-            weights = {name: (value - 1e-3 * total[name]).detach().requires_grad_() for name, value in weights.items()}
+    Mended in two places: states are fresh leaves at each walk, and all tensors of a state go back together.
+    """
+    for begin, _, _, used in links:
+        for leaf in (*begin, *used.values()):
+            leaf.grad = None
+    for back in range(1, len(links) + 1):
+        begin, _, loss, weights = links[-back]
+        if back <= k1:
+            (loss / k1).backward(retain_graph=True)
+        if back < len(links):
+            torch.autograd.backward(links[-back - 1][1], [leaf.grad for leaf in begin], retain_graph=True)
+    distinct = {id(used): used for _, _, _, used in links}.values()
+    return {name: sum(used[name].grad for used in distinct if used[name].grad is not None) for name in weights}
 
-    return loop
+
+def best_walk(links: list[Link], k1: int) -> dict[str, Tensor]:
+    """Go back with one call of autograd for each step of the look-back."""
+    total: dict[str, Tensor] = {}
+    above: tuple[Tensor, ...] = ()
+    for back, (begin, end, loss, used) in enumerate(reversed(links)):
+        roots, seeds = ([loss / k1], [torch.ones(())]) if back < k1 else ([], [])
+        if above:
+            roots, seeds = [*roots, *end], [*seeds, *above]
+        found = torch.autograd.grad(roots, [*used.values(), *begin], seeds, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(used, found, strict=False):
+            if gradient is not None:
+                total[name] = total[name] + gradient if name in total else gradient
+        above = found[-2:]
+    return total
 
 
 def main() -> None:
@@ -208,11 +202,11 @@ def main() -> None:
     sides["forward 8"] = forward_only(256, 32, 8, 64, graph=True)
     for replay in ("retain", "recompute"):
         sides[replay] = by_trainer(256, 32, tbptt.TBPTT(8, 64, replay=replay), 64)
-    sides["usual recipe"] = by_usual_recipe(256, 32, 8, 64, 64)
-    sides["recipe at its best"] = by_recipe(256, 32, 8, 64, 64)
+    sides["usual recipe"] = by_recipe(usual_walk, 256, 32, 8, 64, 64)
+    sides["recipe at its best"] = by_recipe(best_walk, 256, 32, 8, 64, 64)
     sides["retain 1x64"] = by_trainer(64, 1, tbptt.TBPTT(8, 64, replay="retain"), 16)
-    sides["usual recipe 1x64"] = by_usual_recipe(64, 1, 8, 64, 16)
-    sides["recipe at its best 1x64"] = by_recipe(64, 1, 8, 64, 16)
+    sides["usual recipe 1x64"] = by_recipe(usual_walk, 64, 1, 8, 64, 16)
+    sides["recipe at its best 1x64"] = by_recipe(best_walk, 64, 1, 8, 64, 16)
     sides["optimizer"] = optimizer_only(256, 64)
     samples = in_turn(sides, options.rounds)
 
