@@ -20,6 +20,7 @@ ROOT = Path(tbptt.__file__).parent
 # Lowest first. Rooms of one line are siblings: they do not import each other.
 LAYERS = [
     {"errors"},
+    {"opaque"},
     {"tree", "codec", "randomness", "interrupts"},
     {"window", "model", "data"},
     {"loss"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -50,14 +52,15 @@ def test_trees_without_tensors(empty: Any) -> None:
     assert tree.all_finite(empty)
 
 
-def test_what_cannot_be_looked_into_is_refused() -> None:
-    class Cache:
-        def __init__(self) -> None:
-            self.keys = torch.zeros(3)
-
-    with pytest.raises(CapabilityError, match="holds a Cache") as caught:
-        tree.tensors((torch.zeros(3), Cache()))
-    assert "tuples, named tuples, lists or dicts" in caught.value.fix
+@pytest.mark.parametrize(
+    "value", [np.zeros(3), torch.nn.Linear(1, 1), {1, 2}, [].append, (item for item in ()), threading.Lock()], ids=type
+)
+def test_what_cannot_be_looked_into_is_refused(value: Any) -> None:
+    with pytest.raises(
+        CapabilityError, match=f"holds a .*{type(value).__name__}, which cannot be looked into"
+    ) as caught:
+        tree.tensors((torch.zeros(3), value))
+    assert "tuples, lists, dicts, or objects" in caught.value.fix
 
 
 def test_detach_shares_and_clone_copies() -> None:
@@ -124,7 +127,7 @@ def test_lanes_are_replaced_and_no_gradient_crosses(given: bool) -> None:
 
 
 def test_a_shared_leaf_cannot_be_reset_for_one_lane() -> None:
-    with pytest.raises(CapabilityError, match=r"state tensor 1 of shape \(3,\) is shared by all lanes"):
+    with pytest.raises(CapabilityError, match=r"state tensor 1 of shape \(3,\) has no lanes of its own"):
         tree.where_lanes(torch.tensor([True, False, False]), None, two(1.0), (1, None))
 
 

@@ -1,14 +1,15 @@
 """Trees of tensors: the states, inputs, targets and outputs of models.
 
-A tree is a tensor, None, a number, or any nesting of tuples, named tuples, lists and dicts of trees.
-Numbers and None are carried along untouched.
+A tree is a tensor, None, a number, or any nesting of tuples, named tuples, lists, dicts and objects of trees:
+an object of a Python class is taken apart by its attributes and put together again as a new one. Numbers and
+None are carried along untouched.
 
 Letters: T time, B lanes, S number of state leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import optree
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from tbptt.errors import CapabilityError, ShapeError
+from tbptt.opaque import CONSTANTS, is_container, parts, rebuild, refuse
 
 Tree: TypeAlias = Any
-"""A tensor, None, a number, or any nesting of tuples, named tuples, lists and dicts of them."""
+"""A tensor, None, a number, or any nesting of tuples, named tuples, lists, dicts and objects of them."""
 
 LaneDims: TypeAlias = tuple[int | None, ...]
-"""For each tensor leaf of a state its lane dimension; None for a leaf that all lanes share."""
+"""For each tensor leaf of a state its lane dimension; None for a leaf that belongs to all lanes together."""
 
-_PLAIN = (Tensor, bool, int, float, complex, str)
+_NAMESPACE = "tbptt"  # of the classes that were made known to optree here, and are for nobody else
+_LEAVES = (Tensor, *CONSTANTS)
 
 
 def tree_map(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
@@ -33,10 +36,8 @@ def tree_map(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     if _is_flat(tree):
         return tuple([function(leaf) for leaf in tree])
 
-    def on_tensors(leaf: Any) -> Any:
-        return function(leaf) if isinstance(leaf, Tensor) else leaf
-
-    return optree.tree_map(on_tensors, tree)
+    leaves, spec = _flatten(tree)
+    return spec.unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def _is_flat(tree: Tree) -> bool:
@@ -59,15 +60,61 @@ def tensors(tree: Tree) -> list[Tensor]:
         return [tree]
     if _is_flat(tree):
         return list(tree)
-    leaves = optree.tree_leaves(tree)
-    for leaf in leaves:
-        if not isinstance(leaf, _PLAIN):
+    return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves of `tree` and its structure; classes met for the first time are made known."""
+    while True:
+        try:
+            leaves, spec = optree.tree_flatten(tree, namespace=_NAMESPACE)
+        except RecursionError:
             raise CapabilityError(
-                f"a tree of tensors was expected, but it holds a {type(leaf).__name__}, which cannot be "
-                "looked into: what it carries could be neither detached, reset nor saved",
-                fix="return the state as tensors in tuples, named tuples, lists or dicts",
-            )
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                "a tree of tensors was expected, but an object in it leads back to itself: there would be no end "
+                "to what is detached, reset or saved",
+                fix="leave the reference back out of the state",
+            ) from None
+        strange = [leaf for leaf in leaves if not isinstance(leaf, _LEAVES)]
+        if not strange:
+            return leaves, spec
+        for leaf in strange:
+            _make_known(leaf)
+
+
+def _make_known(value: Any) -> None:
+    kind: type[Any] = type(value)
+    if not is_container(kind):
+        raise refuse(value)
+
+    def apart(obj: Any) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[str, ...]]:
+        found = parts(obj)
+        return tuple(found.values()), tuple(found), tuple(found)
+
+    def together(names: Any, values: Iterable[Any]) -> Any:
+        return rebuild(kind, dict(zip(names, values, strict=True)))
+
+    if not optree.register_pytree_node.get(kind, namespace=_NAMESPACE):  # it may stand there twice
+        optree.register_pytree_node(kind, apart, together, namespace=_NAMESPACE)
+
+
+def leaf_names(tree: Tree) -> list[str]:
+    """Return the place of each tensor of `tree`, in the order of `tensors`.
+
+    Example:
+        >>> leaf_names({"h": (torch.zeros(1), torch.zeros(2))})
+        ['h[0]', 'h[1]']
+    """
+    leaves = _flatten(tree)[0]
+    paths = optree.tree_paths(tree, namespace=_NAMESPACE)
+    return [_place(path) for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor)]
+
+
+def _place(path: tuple[Any, ...]) -> str:
+    place = ""
+    for entry in path:
+        if entry not in ("{}", "[]"):  # the items of an object that is itself a dict or a list
+            place += f".{entry}" if isinstance(entry, str) else f"[{entry}]"
+    return place.removeprefix(".") or "state"
 
 
 def replace_tensors(tree: Tree, new: Sequence[Tensor]) -> Tree:
@@ -84,6 +131,27 @@ def detach(tree: Tree) -> Tree:
 def clone(tree: Tree) -> Tree:
     """Return `tree` with every tensor copied and cut from its graph."""
     return tree_map(lambda leaf: leaf.detach().clone(), tree)
+
+
+def copy(tree: Tree) -> Tree:
+    """Return `tree` with every tensor copied, in its graph, and every container and object a new one."""
+    return tree_map(Tensor.clone, tree)
+
+
+def select_lanes(tree: Tree, lanes: Tensor, dims: LaneDims) -> Tree:
+    """Return a state of some of its lanes, in the order given; what all lanes share stays as it is.
+
+    Args:
+        tree: the state.
+        lanes: their indices; one may come twice. Shape (L,), int64.
+        dims: the lane dimension of each tensor of the state.
+    """
+    old = tensors(tree)
+    chosen = [
+        leaf if dim is None else leaf.index_select(dim, lanes.to(leaf.device))
+        for leaf, dim in zip(old, dims, strict=True)
+    ]
+    return replace_tensors(tree, chosen)
 
 
 def to(tree: Tree, device: torch.device | str) -> Tree:
@@ -175,8 +243,8 @@ def where_lanes(chosen: Tensor, fresh: Tree, state: Tree, dims: LaneDims) -> Tre
     for index, (fresh_leaf, leaf, dim) in enumerate(zip(new, old, dims, strict=True)):
         if dim is None:
             raise CapabilityError(
-                f"state tensor {index} of shape {tuple(leaf.shape)} is shared by all lanes, so one lane "
-                "cannot be reset without the others",
+                f"state tensor {index} of shape {tuple(leaf.shape)} has no lanes of its own, or grows with every "
+                "step, so one lane cannot be reset without the others",
                 fix="give every tensor of the state a lane dimension, or reset all lanes at the same step",
             )
         shape = [1] * leaf.ndim

@@ -1,0 +1,22 @@
+"""What the encoder and the decoder have agreed on."""
+
+from __future__ import annotations
+
+import torch
+
+MARK = "$"
+"""The key that says that an object of JSON stands for something else, and for what."""
+
+SURROGATES = ("utf-8", "surrogatepass")
+"""How a text is written whose characters JSON would not give back: lone surrogates are legal in Python."""
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+        *(torch.complex128, torch.complex64, torch.complex32),
+    )
+}
+"""The tensors that can be stored, by the name of their dtype."""
