@@ -23,7 +23,7 @@ LAYERS = [
     {"opaque"},
     {"tree", "codec", "randomness", "interrupts"},
     {"window", "model", "data"},
-    {"loss"},
+    {"loss", "adapters"},
     {"unroll"},
     {"streams", "estimators", "models"},
     {"guards", "monitors", "metrics"},

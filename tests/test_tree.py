@@ -136,6 +136,12 @@ def test_an_initial_state_of_another_structure_is_refused() -> None:
         tree.where_lanes(torch.tensor([True, False, False]), torch.zeros(3), two(1.0), DIMS)
 
 
+def test_a_state_of_another_structure_cannot_be_reset_for_one_lane() -> None:
+    tree.check_lanes((torch.zeros(2, 3, 4),), DIMS, 3)
+    with pytest.raises(ShapeError, match="had 2 tensors when it was first seen and now has 1"):
+        tree.where_lanes(torch.tensor([True, False, False]), None, (torch.zeros(2, 3, 4),), DIMS)
+
+
 def test_lanes_are_checked() -> None:
     tree.check_lanes(two(0.0), DIMS, 3)
     tree.check_lanes((torch.zeros(9), torch.zeros(3)), (None, 0), 3)
@@ -143,7 +149,6 @@ def test_lanes_are_checked() -> None:
         (two(0.0), (0, 0), r"state tensor 0 was expected to have 3 lanes in dimension 0, but has shape \(2, 3, 4\)"),
         ((torch.zeros(2, 3, 4), torch.zeros(4)), DIMS, r"state tensor 1 .* shape \(4,\)"),
         ((torch.zeros(3), torch.zeros(3)), DIMS, r"state tensor 0 .* in dimension 1"),
-        ((torch.zeros(2, 3, 4),), DIMS, "had 2 tensors when it was first seen and now has 1"),
     ]:
         with pytest.raises(ShapeError, match=message):
             tree.check_lanes(state, dims, 3)

@@ -1,5 +1,6 @@
 """Truncated backpropagation through time for any stateful PyTorch model."""
 
+from tbptt.adapters import Stateful, stateful
 from tbptt.checks import CheckReport, check
 from tbptt.errors import TbpttError
 from tbptt.estimators import TBPTT, Carry, Estimate, Estimator
@@ -34,6 +35,7 @@ __all__ = [
     "Progress",
     "Saving",
     "SequenceModel",
+    "Stateful",
     "Stream",
     "Summary",
     "TbpttError",
@@ -45,4 +47,5 @@ __all__ = [
     "check",
     "evaluate",
     "scan",
+    "stateful",
 ]

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tbptt.errors import CapabilityError, ShapeError, TbpttError
+from tbptt.errors import CapabilityError, ShapeError
 from tbptt.tree import LaneDims, Tree, detach, tensors, time_slice, tree_map
 
 __all__ = ["HasInitialState", "Scan", "scan"]
@@ -127,7 +127,7 @@ def check_trainable(model: object) -> None:
             raise CapabilityError(
                 f"nn.{name} was built with batch_first=True, but windows are time first, (T, B, ...): "
                 "it would take lanes for steps",
-                fix=f"nn.{name}({model.input_size}, {model.hidden_size})",
+                fix="tbptt.stateful(model, batch_first=True)",
             )
         if model.bidirectional:
             raise CapabilityError(
@@ -195,6 +195,17 @@ def fork_random(device: torch.device) -> Generator[None]:
         yield
 
 
+@contextmanager
+def restored_buffers(model: nn.Module) -> Generator[None]:
+    """Leave the model's buffers (running statistics, say) as they were."""
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, value in model.named_buffers():
+            value.copy_(before[name])
+
+
 def initial_state(model: nn.Module, lanes: int) -> Tree | None:
     """Return the model's own initial state for `lanes` lanes; None when it has none of its own."""
     return model.initial_state(lanes) if isinstance(model, HasInitialState) else None
@@ -203,52 +214,56 @@ def initial_state(model: nn.Module, lanes: int) -> Tree | None:
 def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:
     """Find the lane dimension of each tensor of the model's state, by experiment.
 
-    The model is run for one step with B and with B + 1 lanes; the dimension that grew is the lanes'.
-    Nothing of it remains: no graph, no buffer, no random number drawn.
+    The model is run for one step with B and with B + 1 lanes; the dimension that grew is the lanes'. A leaf
+    that grows from step to step as well (a cache of all that was) has a length common to all lanes: no lane of
+    it can start anew alone. Nothing remains: no graph, no buffer, no random number drawn.
 
     Args:
         inputs: leaves (T, B, ...).
 
     Returns:
-        The dimensions, None for a leaf that did not grow; None as a whole for a model that cannot be run
-        with another number of lanes, or not at all.
+        The dimensions, None for a leaf that did not grow or grows with the steps; None as a whole for a model
+        that cannot be run with another number of lanes, or not at all.
 
     Raises:
         CapabilityError: the model does not return (outputs, state).
     """
     lanes = tensors(inputs)[0].shape[1]
-    shapes = _state_shapes(model, time_slice(inputs, 0, 1))
-    if not shapes:  # some models take no single step
-        shapes = _state_shapes(model, inputs)
-    if len(shapes) < 2:
+    shapes: list[list[list[tuple[int, ...]]]] = []
+    for sample in (time_slice(inputs, 0, 1), inputs):  # some models take no single step
+        shapes = [_state_shapes(model, sample), _state_shapes(model, _one_lane_more(sample))]
+        if all(shapes):
+            break
+    else:
         return None
-    if len(shapes[0]) != len(shapes[1]):
+    (before, later), (more, _) = shapes
+    if len(before) != len(more):
         raise ShapeError(
-            f"the model's state has {len(shapes[0])} tensors for {lanes} lanes and {len(shapes[1])} for {lanes + 1}: "
+            f"the model's state has {len(before)} tensors for {lanes} lanes and {len(more)} for {lanes + 1}: "
             "it cannot be told which of them belongs to which lane",
             fix="give each tensor of the state a lane dimension instead of one tensor for each lane",
         )
-    return tuple(_grown(before, after, lanes) for before, after in zip(*shapes, strict=True))
+    later = later if len(later) == len(before) else [()] * len(before)
+    return tuple(_grown(a, b, lanes) if a == c else None for a, b, c in zip(before, more, later, strict=True))
+
+
+def _one_lane_more(inputs: Tree) -> Tree:
+    return tree_map(lambda leaf: torch.cat([leaf, leaf[:, :1]], 1), inputs)
 
 
 def _state_shapes(model: nn.Module, inputs: Tree) -> list[list[tuple[int, ...]]]:
-    """Return the shapes of the state's tensors for B and for B + 1 lanes, as far as the model can be run."""
-    lanes = tensors(inputs)[0].shape[1]
-    more = tree_map(lambda leaf: torch.cat([leaf, leaf[:, :1]], 1), inputs)
+    """Return the shapes of the state's tensors after one call and after two; empty if it cannot be run."""
     shapes: list[list[tuple[int, ...]]] = []
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with fork_random(tensors(inputs)[0].device), torch.no_grad():
+    with fork_random(tensors(inputs)[0].device), torch.no_grad(), restored_buffers(model):
         try:
-            for sample, size in ((inputs, lanes), (more, lanes + 1)):
-                _, state = split_result(model, model(sample, initial_state(model, size)))
+            state = initial_state(model, tensors(inputs)[0].shape[1])
+            for _ in range(2):
+                _, state = split_result(model, model(inputs, state))
                 shapes.append([tuple(leaf.shape) for leaf in tensors(detach(state))])
-        except TbpttError:
+        except CapabilityError:
             raise
-        except (RuntimeError, ValueError, IndexError):
-            pass  # what cannot be run at all fails again, and says where, when it is trained
-        finally:
-            for name, value in model.named_buffers():
-                value.copy_(buffers[name])
+        except Exception:  # whatever a model says to a length it does not take; if to all, training says it again
+            return []
     return shapes
 
 

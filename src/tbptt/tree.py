@@ -63,6 +63,11 @@ def tensors(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def leaves(tree: Tree) -> list[Any]:
+    """Return what `tree` holds in its containers: the tensors, and the plain values too."""
+    return _flatten(tree)[0]
+
+
 def _flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return the leaves of `tree` and its structure; classes met for the first time are made known."""
     while True:
@@ -202,15 +207,11 @@ def check_lanes(state: Tree, dims: LaneDims, lanes: int) -> None:
     """Refuse a state that does not have `lanes` lanes.
 
     Raises:
-        ShapeError: the number of leaves, or the size of a leaf's lane dimension, has changed.
+        ShapeError: the size of a leaf's lane dimension has changed.
     """
     leaves = tensors(state)
     if len(leaves) != len(dims):
-        raise ShapeError(
-            f"the model's state had {len(dims)} tensors when it was first seen and now has {len(leaves)}: "
-            "it cannot be told which of them belongs to which lane",
-            fix="let the model return a state of the same structure at every call",
-        )
+        return  # some caches fill up step by step; their lanes are asked for, by name, when one is reset
     for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is not None and (leaf.ndim <= dim or leaf.shape[dim] != lanes):
             raise ShapeError(
@@ -231,8 +232,15 @@ def where_lanes(chosen: Tensor, fresh: Tree, state: Tree, dims: LaneDims) -> Tre
 
     Raises:
         CapabilityError: a leaf has no lane dimension, so that no single lane of it can be replaced.
+        ShapeError: `state` or `fresh` has another number of tensors than `dims`.
     """
     old = tensors(state)
+    if len(old) != len(dims):
+        raise ShapeError(
+            f"the model's state had {len(dims)} tensors when it was first seen and now has {len(old)}: it cannot be "
+            "told which of them belongs to which lane, so no single lane can be reset",
+            fix="let the model return a state of the same structure at every call, or reset all lanes together",
+        )
     new = [torch.zeros_like(leaf) for leaf in old] if fresh is None else tensors(fresh)
     if len(new) != len(old):
         raise ShapeError(

@@ -1,0 +1,135 @@
+"""Modules that overwrite, within a call, what the backward pass of that call needs.
+
+Torch has `torch.autograd.graph.allow_mutation_on_saved_tensors`, whose graphs live no longer than its context:
+too short for a graph that is kept from window to window. This is the same idea with graphs that live as long
+as anyone holds them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tbptt.model import fork_random, restored_buffers
+from tbptt.tree import Tree, as_leaves, copy, differentiable, tensors, tree_map
+
+__all__ = ["overwrites_what_it_needs", "protected"]
+
+_SYMPTOM = "modified by an inplace operation"
+
+
+class _Saved:
+    """A tensor that the backward pass will need: the original as long as nobody writes to it, then a copy."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # with its graph it would hold itself, and never be freed
+        self.version = self.tensor._version
+
+    def save(self) -> None:
+        """Make a copy, before the memory is written to."""
+        if self.version == self.tensor._version:
+            self.tensor = self.tensor.clone()
+            self.version = self.tensor._version
+
+    def unpack(self) -> Tensor:
+        """Return the tensor as it was when it was saved."""
+        if self.version != self.tensor._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation "
+                "after the model's call: weights that an optimizer has changed in between, for example. A "
+                "gradient through old activations and new weights is the gradient of nothing"
+            )
+        return self.tensor
+
+
+class _CopyBeforeWrite(TorchDispatchMode):
+    """Keeps a list of what was saved, by storage, and copies it before an operation writes there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: defaultdict[int, WeakSet[_Saved]] = defaultdict(WeakSet)
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        self.saved[tensor.untyped_storage().data_ptr()].add(saved)
+        return saved
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for index, name in _written(func):
+            target = args[index] if index < len(args) else kwargs.get(name)
+            for tensor in target if isinstance(target, (list, tuple)) else (target,):
+                if isinstance(tensor, Tensor):
+                    for saved in self.saved.get(tensor.untyped_storage().data_ptr(), ()):
+                        saved.save()
+        return func(*args, **kwargs)
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return place and name of the arguments that an operation writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((index, each.name) for index, each in arguments if each.alias_info and each.alias_info.is_write)
+
+
+@contextmanager
+def protected() -> Generator[None]:
+    """Let the operations inside overwrite each other's tensors, and still have the right gradient.
+
+    What was saved for the backward pass is copied just before it is overwritten. Writing to it after the
+    context is an error in the backward pass, as without it.
+
+    Cost: a call of Python for each operation, about twice the time of a tiny model; memory of the copies.
+    """
+    mode = _CopyBeforeWrite()
+    with saved_tensors_hooks(mode.pack, _Saved.unpack), mode:
+        yield
+
+
+def overwrites_what_it_needs(
+    module: nn.Module, call: Callable[[nn.Module, Tree, Tree | None], tuple[Tree, Tree]], inputs: Tree
+) -> bool:
+    """Find out by experiment whether a call breaks its own backward pass, or that of the call before.
+
+    Args:
+        module: the module; its buffers and the random generators are afterwards as they were.
+        call: how to call it.
+        inputs: what to call it with, twice. Leaves (T, B, ...); one lane is tried first.
+    """
+    one_lane = tree_map(lambda leaf: leaf[:, :1].detach(), inputs)
+    with torch.enable_grad(), fork_random(tensors(inputs)[0].device), restored_buffers(module):
+        for sample in (one_lane, tree_map(Tensor.detach, inputs)):
+            try:
+                outputs, state = call(module, sample, None)
+                given = as_leaves(state)
+                later, end = call(module, sample, copy(given))
+                for roots in ([*differentiable(outputs), *differentiable(state)], [later, end]):
+                    _pull(roots, [*module.parameters(), *differentiable(given)])
+            except RuntimeError as error:
+                if _SYMPTOM in str(error):
+                    return True
+            except (ValueError, IndexError, TypeError):
+                pass  # it takes no single lane; if it cannot be run at all, that shows when it is run
+            else:
+                return False
+    return False
+
+
+def _pull(roots: Tree, leaves: list[Tensor]) -> None:
+    total = [leaf.abs().sum() for leaf in differentiable(roots) if leaf.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if total and wanted:
+        torch.autograd.grad(sum(total[1:], total[0]), wanted, allow_unused=True, retain_graph=True)
