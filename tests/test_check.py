@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tbptt
-from tbptt.errors import CapabilityError, CheckError, ShapeError
+from tbptt.errors import CapabilityError, CheckError, ConfigError, ShapeError
 
 EXAMPLE = torch.randn(24, 3, 2)
 
@@ -88,6 +91,71 @@ class DependsOnChunks(Base):
         return outputs * len(inputs), state
 
 
+class LooksAhead(Base):
+    def forward(self, inputs, state=None):
+        outputs, state = self.core(inputs - inputs.mean(0), state)
+        return outputs, state
+
+
+class AlwaysDropsOut(Base):
+    def forward(self, inputs, state=None):
+        outputs, state = self.core(inputs, state)
+        return nn.functional.dropout(outputs, 0.5), state
+
+
+class OneStateForAll(Base):
+    """The state of lane 0 alone is passed on: nothing raises, as it is broadcast."""
+
+    def forward(self, inputs, state=None):
+        outputs, state = self.core(inputs, None if state is None else state.expand(1, inputs.shape[1], 5).contiguous())
+        return outputs, state[:, :1]
+
+
+class WrongBatchSize(Base):
+    """As before, and torch itself refuses the next call."""
+
+    def forward(self, inputs, state=None):
+        outputs, state = self.core(inputs, state)
+        return outputs, state[:, :1]
+
+
+class DropsAPart(nn.Module):
+    """As Mamba, FalconMamba and Jamba of transformers: of two states one is used in single steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.GRU(2, 5), nn.GRU(5, 5)
+
+    def forward(self, inputs, state=None):
+        one, two = (None, None) if state is None else (state["conv"], state["ssm"])
+        outputs, one = self.one(inputs, one)
+        outputs, two = self.two(outputs, two if len(inputs) == 1 else None)
+        return outputs, {"conv": one, "ssm": two}
+
+
+class OverwritesWithinACall(nn.Module):
+    """As Qwen3-Next: the state that is given is used, and then written over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(2, 2))
+
+    def forward(self, inputs, state=None):
+        state = inputs.new_zeros(inputs.shape[1:]) if state is None else state.clone()
+        outputs = []
+        for step in inputs:
+            new = torch.tanh(step + state @ self.weight) * (1 + state)
+            state.copy_(new)
+            outputs.append(new)
+        return torch.stack(outputs), state
+
+
+class KeepsItInside(Base):
+    def forward(self, inputs, state=None):
+        outputs, self.kept = self.core(inputs, getattr(self, "kept", None))
+        return outputs, None
+
+
 class Stateless(Base):
     def forward(self, inputs, state=None):
         return self.core(inputs)[0], None
@@ -132,12 +200,20 @@ def test_right_models_pass(model: nn.Module) -> None:
         (Forgets(), "value carry", "forgets to pass its state on"),
         (Detaches(), "gradient carry", "detaches the state that it takes or returns"),
         (DetachesInside(), "gradient carry", "detaches its state inside"),
+        (DropsAPart(), "value carry", "drops a part of its state: when 8 steps come at once, ssm"),
+        (OneStateForAll(), "value carry", r"wrong batch size: state (1, 1, 5) is the same for any number of lanes"),
+        (WrongBatchSize(), "value carry", r"wrong batch size: state (1, 1, 5) is the same for any number of lanes"),
+        (LooksAhead(), "value carry", "depend on the length of the chunk, before any state is passed"),
+        (AlwaysDropsOut(), "value carry", "a dropout that is always on"),
+        (OverwritesWithinACall(), "gradient carry", "writes in place, over what the backward pass needs"),
+        (OverwritesWithinACall(), "detached training", "writes in place, over what the backward pass needs"),
+        (KeepsItInside(), "state", "returns no state"),
         (MixesLanes(), "lane independence", "mixes lanes"),
         (MixesInTraining(), "lane independence", "mixes lanes"),
-        (WritesInPlace(), "in-place safety", "overwrites what the backward pass needs"),
+        (WritesInPlace(), "in-place safety", "writes in place, over what the backward pass needs"),
         (StartsElsewhere(), "reset", "state=None means something else than zeros"),
         (Random(), "value carry", "random even in eval mode"),
-        (DependsOnChunks(), "value carry", "depend on where the sequence is cut"),
+        (DependsOnChunks(), "value carry", "depend on the length of the chunk"),
         (Stateless(), "state", "returns no state"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
@@ -148,8 +224,130 @@ def test_wrong_models_are_refused_by_the_name_of_their_fault(model: nn.Module, f
     assert fails in found
     assert cause in found[fails].cause
     assert found[fails].fix
-    with pytest.raises(CheckError, match=cause):
+    with pytest.raises(CheckError, match=re.escape(cause)):
         report.raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("model", "fixed"),
+    [
+        (OverwritesWithinACall(), tbptt.stateful(OverwritesWithinACall())),
+        (WritesInPlace(), tbptt.stateful(WritesInPlace())),
+        (DropsAPart(), tbptt.stateful(DropsAPart(), max_steps=1)),
+        (StartsElsewhere(), tbptt.stateful(StartsElsewhere(), initial=lambda lanes: torch.ones(1, lanes, 5))),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_the_fix_that_is_named_is_one(model: nn.Module, fixed: nn.Module) -> None:
+    assert not tbptt.check(model, EXAMPLE)
+    if isinstance(model, StartsElsewhere):  # its state must have the precision that the model is tried in
+        fixed = tbptt.stateful(model, initial=lambda lanes: model.core.weight_hh_l0.new_ones(1, lanes, 5))
+    report = tbptt.check(fixed, EXAMPLE, tbptt.TBPTT(4, 6))
+    assert report, str(report)
+    assert ("protected" in str(report)) == isinstance(model, OverwritesWithinACall | WritesInPlace)
+
+
+class TakesFoursOnly(Base):
+    def forward(self, inputs, state=None):
+        assert len(inputs) % 4 == 0, "length is no multiple of 4"
+        return self.core(inputs, state)
+
+
+def test_a_limit_that_the_model_speaks_of_is_no_fault() -> None:
+    report = tbptt.check(TakesFoursOnly(), EXAMPLE, tbptt.TBPTT(4, 8))
+    assert report
+    found = {item.name: item for item in report.items}
+    assert found["value carry"].verdict == "note"
+    assert "takes no single steps: AssertionError: length is no multiple of 4" in found["value carry"].detail
+    assert found["reach"].verdict == "note"
+    assert "within the limits noted" in str(report)
+
+
+def test_lengths_that_need_more_of_the_example_get_it() -> None:
+    class TakesTens(Base):
+        def forward(self, inputs, state=None):
+            assert len(inputs) % 10 == 0
+            return self.core(inputs, state)
+
+    report = tbptt.check(TakesTens(), torch.randn(30, 2, 2))
+    assert report
+    assert "10+10+10 steps" in report.tried
+
+
+def test_a_state_that_grows_is_reset_for_all_lanes_together() -> None:
+    class Attends(nn.Module):
+        """Attention over all that was: right, and no lane of its cache has a length of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(2, 4), nn.Linear(2, 4)
+
+        def forward(self, inputs, state=None):
+            past = 0 if state is None else len(state)
+            seen = inputs if state is None else torch.cat([state, inputs])
+            scores = torch.einsum("tbh,sbh->tsb", self.query(inputs), self.key(seen))
+            later = torch.ones(scores.shape[:2], dtype=torch.bool).triu(past + 1)
+            weights = scores.masked_fill(later[..., None], -torch.inf).softmax(1)
+            return torch.einsum("tsb,sbd->tbd", weights, seen), seen + 0 * self.key.weight.sum()
+
+    report = tbptt.check(Attends(), EXAMPLE)
+    assert report, str(report)
+    assert {item.name: item.verdict for item in report.items}["reset"] == "note"
+    window = tbptt.Window(EXAMPLE, reset=torch.zeros(24, 3, dtype=torch.bool).index_fill_(0, torch.tensor(5), True))
+    flags = window.reset.clone()
+    flags[5, 0] = False
+    estimator = tbptt.TBPTT(24, 24)
+    model = Attends()
+    estimator.estimate(model, nn.MSELoss(), estimator.init(model, 3), replace_reset(window, window.reset))
+    with pytest.raises(CapabilityError, match="grows with every step, so one lane cannot be reset"):
+        estimator.estimate(model, nn.MSELoss(), estimator.init(model, 3), replace_reset(window, flags))
+
+
+def replace_reset(window: tbptt.Window, reset: Tensor) -> tbptt.Window:
+    return tbptt.Window(window.inputs, torch.zeros(24, 3, 2), reset=reset)
+
+
+def test_rounding_inside_is_measured_and_no_fault() -> None:
+    class RoundsInside(Base):
+        def forward(self, inputs, state=None):
+            outputs, state = self.core(inputs, state)
+            return (outputs.float() * (1 + 1e-7 * len(inputs))).to(inputs), state
+
+    report = tbptt.check(RoundsInside(), EXAMPLE)
+    assert report, str(report)
+    assert "rounding" in report.tried
+
+    class Wrong(RoundsInside):
+        def forward(self, inputs, state=None):
+            outputs, state = super().forward(inputs, state)
+            return outputs * (1 + 1e-4 * len(inputs)), state
+
+    assert not tbptt.check(Wrong(), EXAMPLE)
+
+
+def test_chunks_are_used_as_given_and_refused_where_they_are_none() -> None:
+    assert "5+7+9 steps" in tbptt.check(nn.GRU(2, 5), EXAMPLE, chunks=(5, 7, 9)).tried
+    for chunks in [(8,), (8, 0), (8, 1.5)]:
+        with pytest.raises(ConfigError, match="two or more lengths"):
+            tbptt.check(nn.GRU(2, 5), EXAMPLE, chunks=chunks)
+    with pytest.raises(ShapeError, match="at least 32 steps"):
+        tbptt.check(nn.GRU(2, 5), EXAMPLE, chunks=(16, 16))
+
+
+def test_the_report_is_a_page_a_table_and_json() -> None:
+    good, bad = tbptt.check(nn.GRU(2, 5), EXAMPLE), tbptt.check(DropsAPart(), EXAMPLE)
+    data = json.loads(bad.to_json())
+    assert not data["passed"]
+    item = next(item for item in data["items"] if item["name"] == "value carry")
+    assert item["verdict"] == "fail"
+    assert item["measured"]["chunks"] > 1e-3
+    assert item["measured"]["steps"] < 1e-12
+    assert "max_steps=1" in item["fix"]
+    assert json.loads(good.to_json())["conclusion"] == "it carries its state"
+    table = bad._repr_html_()
+    assert "<td><b>FAIL</b></td><td>value carry</td>" in table
+    assert "<code>tbptt.stateful(model, max_steps=1): in single steps it is right</code>" in table
+    assert all(line in str(bad) for line in ("tbptt check: DropsAPart", "  FAIL  value carry"))
 
 
 def test_a_model_returning_one_value_is_told_what_to_return() -> None:

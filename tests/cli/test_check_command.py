@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("Space.good", ("--input", "floats:2x24x3")),
         ("with_inputs", ()),
         ("with_window", ("--k1", "4", "--k2", "6")),
+        ("good", ("--input", "floats:2x96x3", "--chunks", "32,32,32")),
         ("text", ("--input", "tokens:2x24")),
         ("text", ("--input", "tokens:2x24:7", "--k2", "3")),
     ],
@@ -81,6 +83,15 @@ def test_models_that_pass(program: Program, name: str, build: str, arguments: tu
     assert ("reach" in ended.out) == ("--k2" in arguments)
     assert ended.out.endswith("it carries its state\n")
     assert ended.err == ""
+
+
+def test_a_report_for_programs(program: Program, name: str) -> None:
+    for build, code in (("good", 0), ("forgetful", 1)):
+        ended = program("check", "--model", f"{name}.nets:{build}", "--input", "floats:2x24x3", "--json")
+        report = json.loads(ended.out)
+        assert ended.code == code
+        assert report["passed"] == (code == 0)
+        assert {item["name"] for item in report["items"]} >= {"value carry", "gradient carry", "detached training"}
 
 
 def test_a_model_that_fails(program: Program, name: str) -> None:
@@ -95,10 +106,13 @@ def test_a_model_that_fails(program: Program, name: str) -> None:
     [
         ("good", (), 2, "returns the model alone", "--input floats:2x24x8"),
         ("good", ("--input", "floats:2x24"), 2, "'floats:2x24' came", "floats:2x24x8"),
+        ("good", ("--input", "floats:2x24x3", "--chunks", "8;8"), 2, "'8;8' came", "--chunks 32,32,32"),
+        ("good", ("--input", "floats:2x24x3", "--chunks", "24"), 2, "two or more lengths", "chunks=(8, 8, 8)"),
+        ("good", ("--input", "floats:2x24x3", "--chunks", "16,16"), 1, "at least 32 steps", "shorter chunks"),
         ("good", ("--input", "tokens:0x24"), 2, "whole numbers from 1", "tokens:2x24"),
         ("good", ("--input", "images:2x24"), 2, "tokens:LANESxSTEPS[:VOCABULARY]", "tokens:2x24"),
         ("goood", ("--input", "floats:2x24x3"), 2, "goood was expected", "did you mean good?"),
-        ("batch_first", ("--input", "floats:2x24x3"), 1, "batch_first", "nn.GRU(3, 5)"),
+        ("batch_first", ("--input", "floats:2x24x3"), 1, "batch_first", "tbptt.stateful(model, batch_first=True)"),
         ("nothing", ("--input", "floats:2x24x3"), 1, "returned a int", "def build()"),
         ("broken", ("--input", "floats:2x24x3"), 1, "ZeroDivisionError", "--debug"),
     ],

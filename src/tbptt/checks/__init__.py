@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from tbptt.checks.reach import Reach, measure_reach
+from tbptt.checks.carry import detached_training, gradient_carry, value_carry
+from tbptt.checks.lanes import in_place_safety, lane_independence, reset, state
+from tbptt.checks.reach import Reach, measure_reach, reach
 from tbptt.checks.report import CheckItem, CheckReport
 from tbptt.checks.trial import Trial
 from tbptt.errors import TbpttError
@@ -18,27 +20,48 @@ from tbptt.window import Window
 
 __all__ = ["CheckItem", "CheckReport", "Reach", "check", "measure_reach"]
 
+_QUESTIONS: list[Callable[[Trial], CheckItem]] = [
+    state,
+    value_carry,
+    gradient_carry,
+    detached_training,
+    in_place_safety,
+    lane_independence,
+    reset,
+]
 
-def check(model: nn.Module, example: Window | Tree, estimator: Estimator | None = None) -> CheckReport:
+
+def check(
+    model: nn.Module,
+    example: Window | Tree,
+    estimator: Estimator | None = None,
+    *,
+    chunks: Sequence[int] | None = None,
+) -> CheckReport:
     """Find out by experiment whether `model` carries its state, and how far gradients reach.
 
-    The experiments run on a copy, in double precision where the model allows that, on at most 24 steps of at
-    most 4 lanes of the example: one pass against chunks, aligned, uneven and single steps, for outputs and
-    for gradients; two chunks before one backward pass; one lane changed; one lane reset.
+    The experiments run on a copy, in double precision where the model allows that: one pass against chunks,
+    aligned, uneven and single steps, for outputs and for gradients; training cut at each chunk; two chunks
+    before one backward pass; one lane changed; one lane reset. Where part of the model computes in float32
+    whatever it is asked for, what rounding does to it is measured and allowed for.
 
     Args:
         model: what is to be trained.
-        example: a window, or inputs (T, B, ...) alone, like those it will be trained on; at least 3 steps.
+        example: a window, or inputs (T, B, ...) alone, like those it will be trained on; at least 3 steps, of
+            which at most 24 are used, and at most 4 lanes; all steps where the model does not take so few.
         estimator: whose reach to measure, on top of the model's own questions; left out: none.
+        chunks: lengths of the chunks, two or more; left out: three of a third each.
 
     Returns:
-        The report: false, with the causes, for a model that fails.
+        The report: false, with causes and fixes, for a model that fails. A limit that the model itself speaks of,
+        by an error, is noted and is no failure.
 
     Raises:
         CapabilityError: not a model that could be trained in windows at all.
         ShapeError: an example too short to be cut.
+        ConfigError: chunks that are none.
 
-    Cost: about 30 passes over the example, and up to 40 000 steps of the model for the reach.
+    Cost: about 40 passes over the example, and up to 40 000 steps of the model for the reach.
 
     Example:
         >>> bool(check(nn.GRU(3, 5), torch.randn(12, 2, 3)))
@@ -48,30 +71,23 @@ def check(model: nn.Module, example: Window | Tree, estimator: Estimator | None 
     # without cuDNN, whose recurrent layers have no backward pass in eval mode, where dropout is off
     with fork_random(next(model.parameters()).device), torch.backends.cudnn.flags(enabled=False):
         torch.manual_seed(0)
-        trial = Trial.prepare(model, example if isinstance(example, Window) else Window(example))
-        return CheckReport(type(model).__name__, tuple(_answers(trial, estimator)))
+        trial = Trial.prepare(model, example if isinstance(example, Window) else Window(example), chunks)
+        items = [_ask(lambda question=question: question(trial), question.__name__) for question in _QUESTIONS]
+        if estimator is not None and all(item.passed for item in items):
+            takes_steps = not isinstance(items[1].measured.get("steps"), str)
+            items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))
+        return CheckReport(_name(model), trial.tried, tuple(items))
 
 
-def _answers(trial: Trial, estimator: Estimator | None) -> list[CheckItem]:
-    questions: list[Callable[[], CheckItem]] = [
-        trial.state,
-        trial.value_carry,
-        trial.gradient_carry,
-        trial.in_place,
-        trial.lane_independence,
-        trial.reset,
-    ]
-    items = [_ask(question) for question in questions]
-    if estimator is not None and all(item.passed for item in items):
-        items.append(_ask(lambda: trial.reach(estimator), "reach"))
-    return items
+def _name(model: nn.Module) -> str:
+    inner = model._modules.get("module")  # pyright: ignore[reportPrivateUsage]
+    return type(model).__name__ if inner is None else f"{type(model).__name__}({type(inner).__name__})"
 
 
-def _ask(question: Callable[[], CheckItem], name: str = "") -> CheckItem:
+def _ask(question: Callable[[], CheckItem], name: str) -> CheckItem:
     try:
         return question()
-    except (TbpttError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        name = name or question.__name__.replace("_", " ")
+    except Exception as error:  # whatever goes wrong in a model is an answer, and belongs on the page
         fix = error.fix if isinstance(error, TbpttError) else ""
         message = error.message if isinstance(error, TbpttError) else f"{type(error).__name__}: {error}"
-        return CheckItem(name, False, "could not be run", message, fix)
+        return CheckItem(name.replace("_", " "), "fail", "could not be run", message, fix)

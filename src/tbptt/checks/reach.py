@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tbptt.checks.report import CheckItem
+from tbptt.checks.trial import Trial
 from tbptt.estimators.base import Carry, Estimator
 from tbptt.model import fork_random, initial_state, trainable_parameters
 from tbptt.tree import Tree, tensors, time_cat, time_slice, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Reach", "measure_reach"]
+__all__ = ["Reach", "measure_reach", "reach"]
 
 FINE = 400
 """Up to so many steps each is probed by itself; beyond, only those where a look-back should begin."""
+REACH_BUDGET = 40_000
+"""The most model steps that measuring the reach may take before it is left out, and said so."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,26 @@ class Reach:
     def agrees(self) -> bool:
         """Whether the estimator keeps its promise, as far as the model has anything to send back."""
         return self.measured == min(self.asked, self.model)
+
+
+def reach(trial: Trial, estimator: Estimator, *, takes_steps: bool) -> CheckItem:
+    """Measure how far the gradients of `estimator` go with the model of a trial."""
+    steps = estimator.next_steps(estimator.init(trial.model, 1))
+    asked = estimator.reach(steps)
+    longest = max(asked)
+    if not takes_steps:
+        return CheckItem("reach", "note", "not measured: the model takes no single steps")
+    if (longest // steps + 3) * (longest + steps) > REACH_BUDGET:
+        return CheckItem("reach", "ok", f"not measured here: {longest} steps back would take minutes")
+    one_lane = tree_map(lambda leaf: leaf[:, :1], trial.window.inputs)
+    injected = [step for step, each in enumerate(asked) if each]
+    found = measure_reach(trial.model, one_lane, estimator, sorted({injected[0], injected[-1]}))
+    detail = "; ".join(f"{each.asked} steps asked, {each.measured} measured" for each in found)
+    if all(each.agrees for each in found):
+        short = any(each.model < each.asked for each in found)
+        return CheckItem("reach", "ok", detail + (" (the model itself sends back no more)" if short else ""))
+    cause = "the gradient does not reach as far as the estimator says"
+    return CheckItem("reach", "fail", detail, cause, "use another estimator, and report this one")
 
 
 class _Probe(nn.Module):

@@ -31,14 +31,19 @@ def check(
     example: Annotated[
         str, typer.Option("--input", metavar="SPEC", help=f"{_SYNTAX}. Not needed if BUILD returns (model, inputs).")
     ] = "",
+    chunks: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Lengths to cut the inputs into; left out: three of a third each.")
+    ] = "",
     k1: Annotated[int | None, typer.Option(min=1, metavar="N", help="Measure TBPTT's reach with this k1.")] = None,
     k2: Annotated[int | None, typer.Option(min=1, metavar="N", help="And this k2; either stands for both.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Find out by experiment whether a model carries its state, and how far gradients reach.
 
     Exits with 0 for a model that passes, 1 for one that fails. Inputs are random, time first; VOCABULARY is by
     default that of the model's embedding. The current directory is searched for MODULE.
     """
+    sizes = _sizes(chunks)
     steps = k1 or k2
     estimator = None if steps is None else TBPTT(k1=k1 or steps, k2=k2 or steps)
     spec = _parsed(example)
@@ -50,8 +55,8 @@ def check(
             f"inputs to try the model with were expected, but {model} returns the model alone",
             fix="--input floats:2x24x8, or return (model, inputs)",
         )
-    report = run_check(built, inputs, estimator)
-    print(report)
+    report = run_check(built, inputs, estimator, chunks=sizes)
+    print(report.to_json() if as_json else report)
     raise typer.Exit(0 if report else 1)
 
 
@@ -65,6 +70,17 @@ def _parsed(spec: str) -> re.Match[str] | None:
             fix="--input tokens:2x24, or --input floats:2x24x8",
         )
     return match
+
+
+def _sizes(chunks: str) -> list[int] | None:
+    if not chunks:
+        return None
+    if re.fullmatch(r"\d+(,\d+)*", chunks) is None:
+        raise ConfigError(
+            f"--chunks was expected to be lengths in steps, with commas between, but {chunks!r} came",
+            fix="--chunks 32,32,32",
+        )
+    return [int(size) for size in chunks.split(",")]
 
 
 def _built(reference: str) -> tuple[nn.Module, Tree | None]:

@@ -1,0 +1,87 @@
+"""How exactly a model computes: what two ways to the same result may differ by."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tbptt.errors import ShapeError
+from tbptt.tree import Tree, differentiable, leaves, tensors, tree_map
+from tbptt.unroll import unroll
+from tbptt.window import Window
+
+__all__ = ["apart", "computes_narrower", "distance", "in_double", "project"]
+
+
+def in_double(model: nn.Module, inputs: Tree) -> tuple[nn.Module, Tree] | None:
+    """Return a copy of model and inputs in double precision, or None if it cannot be run so."""
+    if any(value.dtype not in (torch.float32, torch.float64) for value in model.parameters()):
+        return None
+    doubled = copy.deepcopy(model).double()
+    wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, inputs)
+    try:
+        with torch.no_grad():
+            unroll(doubled, Window(wide), None, None)
+    except Exception:  # it fixes a dtype inside, or the device has no float64; else the original says it again
+        return None
+    return copy.deepcopy(model).double(), wide
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            self.narrow |= isinstance(each, Tensor) and each.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return result
+
+
+def computes_narrower(model: nn.Module, inputs: Tree) -> bool:
+    """Tell whether a model in double precision computes some of its parts in a narrower one."""
+    with torch.no_grad(), _Watch() as watch:
+        unroll(model, Window(inputs), None, None)
+    return watch.narrow
+
+
+def apart(left: Tree, right: Tree) -> float:
+    """Return the largest difference of two trees, relative to the size of the left one.
+
+    Raises:
+        ShapeError: their tensors do not pair up.
+    """
+    worst = 0.0
+    pairs = list(zip(tensors(left), tensors(right), strict=True))
+    for a, b in pairs:
+        if a.shape != b.shape:
+            raise ShapeError(f"a tensor of shape {tuple(a.shape)} was expected, but {tuple(b.shape)} came")
+        if a.numel():
+            wide = torch.complex128 if a.is_complex() else torch.float64
+            one, two = a.detach().to(wide), b.detach().to(wide)
+            worst = max(worst, float((one - two).abs().max() / one.abs().max().clamp(min=1e-6)))
+    plain = [[leaf for leaf in leaves(tree) if not isinstance(leaf, Tensor)] for tree in (left, right)]
+    return worst if plain[0] == plain[1] else float("inf")
+
+
+def distance(wanted: list[Tensor], found: list[Tensor]) -> float:
+    """Return the distance of two gradients, relative to the length of the wanted one."""
+    length = torch.nn.utils.get_total_norm(wanted).clamp(min=1e-30)
+    return float(torch.nn.utils.get_total_norm([a - b for a, b in zip(wanted, found, strict=True)]) / length)
+
+
+def project(outputs: Tree, begin: int) -> Tensor:
+    """Return a random direction of the outputs from step `begin` on, 0-dim; the same for the same shapes."""
+    generator = torch.Generator().manual_seed(0)
+    total: list[Tensor] = []
+    for leaf in differentiable(outputs):
+        rest = leaf[begin:]
+        total.append((rest * torch.randn(rest.shape, generator=generator, dtype=torch.float64).to(rest)).sum().real)
+    return torch.stack(total).sum()
