@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import sys
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -27,9 +29,8 @@ CONSTANTS = (
 )
 """What never changes, and so is shared by an object and its copies."""
 
-_NEVER = (Tensor, nn.Module, types.MethodType, types.GeneratorType)
-_UNSET = object()
-_BATCH_DIMS = "()"  # among the parts of a TensorDict
+_NEVER = (Tensor, nn.Module, types.MethodType, types.GeneratorType, weakref.finalize)
+_BATCH = "()"  # among the parts of a TensorDict: its batch size, and the names of those dimensions
 _HEAP_TYPE = 1 << 9  # CPython: the class was made by a class statement, or by an extension that allows the same
 
 
@@ -65,17 +66,17 @@ def parts(value: object) -> dict[str, Any]:
     """
     if _is_tensordict(type(value)):
         known: Any = value
-        return {_BATCH_DIMS: known.batch_dims, **known.items()}
-    found: dict[str, Any] = dict(getattr(value, "__dict__", {}))
-    for kind in type(value).__mro__:  # what is kept in slots is not in __dict__
-        for name, member in vars(kind).items():
-            if isinstance(member, types.MemberDescriptorType):
-                kept = getattr(value, name, _UNSET)
-                found |= {} if kept is _UNSET else {name: kept}
-    if isinstance(value, dict):
-        found["{}"] = dict(cast("dict[Any, Any]", value))
+        return {_BATCH: (known.batch_size, tuple(known.names)), **dict(known.items())}
+    found: dict[str, Any] = dict(value.__dict__) if type(value).__dictoffset__ else {}
+    for name, slot in _slots(type(value)).items():
+        try:
+            found[name] = slot.__get__(value)
+        except AttributeError:
+            pass  # it was never set
+    if isinstance(value, dict):  # items as they are kept, whatever the class makes of reading them
+        found["{}"] = dict(dict.items(cast("dict[Any, Any]", value)))
     if isinstance(value, list):
-        found["[]"] = list(cast("list[Any]", value))
+        found["[]"] = list.copy(cast("list[Any]", value))
     return found
 
 
@@ -83,14 +84,16 @@ def rebuild(kind: type[Any], found: Mapping[str, Any]) -> Any:
     """Return an object of class `kind` made of what `parts` returned; its `__init__` is not called."""
     if _is_tensordict(kind):
         return _tensordict(kind, dict(found))
-    made = _blank(kind)
+    made, slots = _blank(kind), _slots(kind)
     for name, value in found.items():
         if name == "{}":
             dict.update(made, value)
         elif name == "[]":
             list.extend(made, value)
-        else:
-            object.__setattr__(made, name, value)  # past a __setattr__ of its own, which __init__ prepares
+        elif name in slots:
+            slots[name].__set__(made, value)
+        else:  # past __setattr__ and properties, which may do anything, and past `__class__`
+            made.__dict__[name] = value
     return made
 
 
@@ -104,8 +107,8 @@ def find_class(name: str) -> type[Any] | None:
     """Return the class of the name "module:Class"; None if it has not been imported."""
     module, _, qualname = name.partition(":")
     found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
+    for part in qualname.split("."):  # no getattr: some modules import what they are asked for
+        found = getattr(found, "__dict__", {}).get(part)
     return cast("type[Any]", found) if isinstance(found, type) else None
 
 
@@ -128,12 +131,19 @@ def _blank(kind: type[Any]) -> Any:
     return object.__new__(kind)
 
 
+@cache
+def _slots(kind: type[Any]) -> dict[str, types.MemberDescriptorType]:
+    """Return what is kept in slots, and so is not in `__dict__`."""
+    members = (member for each in reversed(kind.__mro__) for member in vars(each).items())
+    return {name: member for name, member in members if isinstance(member, types.MemberDescriptorType)}
+
+
 def _is_tensordict(kind: type[Any]) -> bool:
     return kind.__module__.partition(".")[0] == "tensordict" and kind.__name__ == "TensorDict"
 
 
 def _tensordict(kind: Callable[..., Any], found: dict[str, Any]) -> Any:
     """Return a TensorDict of these members, whose number of lanes may be another than it was."""
-    dims: int = found.pop(_BATCH_DIMS)
-    shapes = [tuple(value.shape)[:dims] for value in found.values()]
-    return kind(found, batch_size=shapes[0] if shapes else ())
+    size, names = found.pop(_BATCH)
+    shapes = [value.shape[: len(size)] for value in found.values() if hasattr(value, "shape")]
+    return kind(found, batch_size=shapes[0] if shapes else size, names=list(names) if any(names) else None)

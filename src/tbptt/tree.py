@@ -93,10 +93,12 @@ def _make_known(value: Any) -> None:
 
     def apart(obj: Any) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[str, ...]]:
         found = parts(obj)
-        return tuple(found.values()), tuple(found), tuple(found)
+        names = sorted(found)  # two objects may have got their attributes in another order
+        return tuple(found[name] for name in names), tuple(found), tuple(names)
 
     def together(names: Any, values: Iterable[Any]) -> Any:
-        return rebuild(kind, dict(zip(names, values, strict=True)))
+        found = dict(zip(sorted(names), values, strict=True))
+        return rebuild(kind, {name: found[name] for name in names})
 
     if not optree.register_pytree_node.get(kind, namespace=_NAMESPACE):  # it may stand there twice
         optree.register_pytree_node(kind, apart, together, namespace=_NAMESPACE)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.model import Scan, split_result
-from tbptt.tree import Tree, tensors, time_cat, time_slice, tree_map
+from tbptt.tree import Tree, copy, tensors, time_cat, time_slice, tree_map
 
 __all__ = ["BatchFirst", "Call", "Keyword", "OneStep", "Outputs", "Pair", "Pieces"]
 
@@ -84,7 +84,7 @@ class OneStep:
 
     def __call__(self, module: nn.Module, inputs: Tree, state: Tree | None) -> tuple[Tree, Tree]:
         """Return outputs (T, B, ...) and state."""
-        return Scan(partial(self.call, module))(inputs, state)
+        return Scan(partial(_with_own_outputs, self.call, module))(inputs, state)
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,16 @@ class Pieces:
         """Return outputs (T, B, ...) and state."""
         pieces: list[Tree] = []
         for begin in range(0, tensors(inputs)[0].shape[0], self.steps):
-            outputs, state = self.call(module, time_slice(inputs, begin, begin + self.steps), state)
+            piece = time_slice(inputs, begin, begin + self.steps)
+            outputs, state = _with_own_outputs(self.call, module, piece, state)
             pieces.append(outputs)
         return time_cat(pieces), state
+
+
+def _with_own_outputs(call: Call, module: nn.Module, inputs: Tree, state: Tree | None) -> tuple[Tree, Tree]:
+    """Return outputs that are not the state: the next call may write into that."""
+    outputs, state = call(module, inputs, state)
+    return copy(outputs), state
 
 
 def _swap(leaf: Tensor) -> Tensor:
@@ -108,12 +115,13 @@ def _swap(leaf: Tensor) -> Tensor:
 
 
 def _named(module: nn.Module, result: Any, name: str) -> Any:
-    found: dict[str, Any] = dict(result) if isinstance(result, Mapping) else dict(vars(result))  # pyright: ignore[reportUnknownArgumentType]
-    if found.get(name) is None:
+    found: Any = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)  # pyright: ignore[reportUnknownArgumentType]
+    if found is None:
+        known: Any = result if isinstance(result, Mapping) else getattr(result, "__dict__", ())
         raise CapabilityError(
             f"{type(module).__name__} was expected to return an object with {name!r}, but its "
-            f"{type(result).__name__} has {sorted(key for key, value in found.items() if value is not None)}: "
+            f"{type(result).__name__} has {sorted(key for key in known if known[key] is not None)}: "
             "without its outputs and its state it cannot be trained in windows",
             fix='tbptt.stateful(module, state="past_key_values", outputs="logits", arguments={"use_cache": True})',
         )
-    return found[name]
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.model import fork_random
-from tbptt.tree import Tree, copy, leaves, tensors
+from tbptt.tree import Tree, copy, detach, leaves, tensors
 
 __all__ = ["Inside"]
 
@@ -42,13 +42,13 @@ class Inside:
         if self.reset is not None:
             self.reset(module)
         start = self._read(module)
-        if state is not None:
-            _write(module, self.names, state)
+        _write(module, self.names, copy(start if state is None else state))  # the call may write into it
         try:
             outputs = self.call(module, inputs)
             return outputs, self._read(module)
         finally:
-            _write(module, self.names, start)
+            # A start that `reset` has computed may have a graph, with which no module could be copied.
+            _write(module, self.names, start if self.reset is None else detach(start))
 
     def _read(self, module: nn.Module) -> Snapshot:
         assert self.names is not None
@@ -57,20 +57,22 @@ class Inside:
 
     def _find(self, module: nn.Module, inputs: Tree) -> frozenset[str]:
         """Return the names of what a call changes, in eval mode, where running statistics do not move."""
-        training = module.training
+        modes = {each: each.training for each in module.modules()}  # parts may be frozen
         if self.reset is not None:
             self.reset(module)
         before = _everything(module)
-        held = {name: _copied(value) for name, value in before.items()}
+        with torch.inference_mode(False):  # these copies stay in the module
+            held = {name: _copied(value) for name, value in before.items()}
         try:
             with torch.no_grad(), fork_random(tensors(inputs)[0].device):
                 module.eval()
                 self.call(module, inputs)
-                after = _everything(module)
         finally:
-            module.train(training)
-        names = frozenset(name for name in {*before, *after} if not _same(held, before, after, name))
-        _write(module, names, held)
+            for each, mode in modes.items():
+                each.training = mode
+            after = _everything(module)
+            names = frozenset(name for name in {*before, *after} if not _same(held, before, after, name))
+            _write(module, names, held)
         if not any(tensors(after[name]) for name in names if name in after):
             raise CapabilityError(
                 f"{type(module).__name__} was expected to keep its state inside, but no buffer or attribute that "
@@ -94,7 +96,7 @@ def _write(module: nn.Module, names: frozenset[str], values: Snapshot) -> None:
     for full in names:
         room, name = _place(module, full)
         if full in values:
-            room[name] = copy(values[full])
+            room[name] = values[full]
         else:
             room.pop(name, None)
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tbptt.model import fork_random, restored_buffers
+from tbptt.model import fork_random
+from tbptt.opaque import CONSTANTS
 from tbptt.tree import Tree, as_leaves, copy, differentiable, tensors, tree_map
 
 __all__ = ["overwrites_what_it_needs", "protected"]
 
-_SYMPTOM = "modified by an inplace operation"
+_SYMPTOMS = ("modified by an inplace operation", "has been modified inplace")
 
 
 class _Saved:
@@ -62,7 +63,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
-        self.saved[tensor.untyped_storage().data_ptr()].add(saved)
+        self.saved[_address(tensor)].add(saved)
         return saved
 
     def __torch_dispatch__(
@@ -72,10 +73,13 @@ class _CopyBeforeWrite(TorchDispatchMode):
         for index, name in _written(func):
             target = args[index] if index < len(args) else kwargs.get(name)
             for tensor in target if isinstance(target, (list, tuple)) else (target,):
-                if isinstance(tensor, Tensor):
-                    for saved in self.saved.get(tensor.untyped_storage().data_ptr(), ()):
-                        saved.save()
+                for saved in self.saved.pop(_address(tensor), ()) if isinstance(tensor, Tensor) else ():
+                    saved.save()
         return func(*args, **kwargs)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 @cache
@@ -105,12 +109,12 @@ def overwrites_what_it_needs(
     """Find out by experiment whether a call breaks its own backward pass, or that of the call before.
 
     Args:
-        module: the module; its buffers and the random generators are afterwards as they were.
+        module: the module; its buffers, attributes and the random generators are afterwards as they were.
         call: how to call it.
         inputs: what to call it with, twice. Leaves (T, B, ...); one lane is tried first.
     """
     one_lane = tree_map(lambda leaf: leaf[:, :1].detach(), inputs)
-    with torch.enable_grad(), fork_random(tensors(inputs)[0].device), restored_buffers(module):
+    with torch.enable_grad(), fork_random(tensors(inputs)[0].device), _left_as_it_was(module):
         for sample in (one_lane, tree_map(Tensor.detach, inputs)):
             try:
                 outputs, state = call(module, sample, None)
@@ -119,13 +123,39 @@ def overwrites_what_it_needs(
                 for roots in ([*differentiable(outputs), *differentiable(state)], [later, end]):
                     _pull(roots, [*module.parameters(), *differentiable(given)])
             except RuntimeError as error:
-                if _SYMPTOM in str(error):
+                if any(symptom in str(error) for symptom in _SYMPTOMS):
                     return True
-            except (ValueError, IndexError, TypeError):
-                pass  # it takes no single lane; if it cannot be run at all, that shows when it is run
+            except Exception:  # it takes no single lane; if it cannot be run at all, that shows when it is run
+                continue
             else:
                 return False
     return False
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Generator[None]:
+    """Leave buffers and attributes as they were, but for objects that are written into.
+
+    A tensor that nobody writes to is not written back either: graphs may have saved it.
+    """
+    rooms: list[dict[str, Any]] = []
+    for each in module.modules():
+        rooms += [vars(each), each._buffers]  # pyright: ignore[reportPrivateUsage, reportArgumentType]
+    kept = [{name: value for name, value in room.items() if isinstance(value, (Tensor, *CONSTANTS))} for room in rooms]
+    names = [set(room) for room in rooms]
+    held = [value for each in kept for value in each.values() if isinstance(value, Tensor)]
+    before = [(value, value.detach().clone()) for value in held if value.layout == torch.strided]
+    try:
+        yield
+    finally:
+        for room, values, known in zip(rooms, kept, names, strict=True):
+            for name in set(room) - known:
+                del room[name]
+            room.update(values)
+        with torch.no_grad():
+            for value, old in before:
+                if not torch.equal(value, old):  # batch normalisation writes without a new version
+                    value.copy_(old)
 
 
 def _pull(roots: Tree, leaves: list[Tensor]) -> None:

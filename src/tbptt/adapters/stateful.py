@@ -51,7 +51,8 @@ def stateful(
         one_step: whether the module takes one step (B, ...) instead of many.
         max_steps: the most steps that it is given in one call; 1 for a module that is right only in single
             steps. Left out: any number.
-        initial: `initial(lanes) -> state`; left out: the module's own `initial_state`, if it has one.
+        initial: `initial(lanes) -> state`; left out: the module's own `initial_state`, if it has one. With
+            `inside` a state is a dict by "path.of.submodule:attribute".
         in_place: what to do about a module that overwrites what its backward pass needs. "auto": find out at
             the first call with a graph, and protect where it is needed. "protect": always. "leave": never.
 
@@ -78,9 +79,13 @@ def stateful(
             fix="tbptt.stateful(module, ...), with the module itself",
         )
     extra = dict(arguments or {})
-    _check_choices(in_place, max_steps)
+    _check_choices(in_place, max_steps, inside)
     _check_together(call, state, outputs, inside, extra)
-    _check_keywords(module, call, [*extra, *([state] if state else [])])
+    _check_steps(batch_first, one_step, max_steps)
+    if call is None:
+        _check_torchs_own(module, batch_first)
+        _check_keywords(module, [*extra, *([state] if state else [])])
+        _check_takes_state(module, state, inside, extra)
     chosen: Call = call or (Keyword(state, outputs, extra) if state else Pair(extra))
     if inside:
         chosen = Inside(None if inside is True else inside, Outputs(outputs, extra))
@@ -90,14 +95,14 @@ def stateful(
         chosen = BatchFirst(chosen)
     if max_steps is not None:
         chosen = Pieces(chosen, max_steps)
-    if initial is None and isinstance(module, HasInitialState):
+    if initial is None and not inside and isinstance(module, HasInitialState):
         initial = module.initial_state
     if initial is not None:
         return StatefulFrom(module, chosen, in_place, initial)
     return Stateful(module, chosen, in_place)
 
 
-def _check_choices(in_place: str, max_steps: object) -> None:
+def _check_choices(in_place: str, max_steps: object, inside: object) -> None:
     if in_place not in ("auto", "protect", "leave"):
         raise ConfigError(
             f'in_place was expected to be "auto", "protect" or "leave", but is {in_place!r}', fix='in_place="auto"'
@@ -105,6 +110,38 @@ def _check_choices(in_place: str, max_steps: object) -> None:
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
         raise ConfigError(
             f"max_steps was expected to be a whole number of steps, at least 1, but is {max_steps!r}", fix="max_steps=1"
+        )
+
+    if not isinstance(inside, bool) and not callable(inside):
+        raise ConfigError(
+            f"inside was expected to be True, or a function that puts the module to its start, but is {inside!r}",
+            fix="inside=True",
+        )
+
+
+def _check_steps(batch_first: bool, one_step: bool, max_steps: int | None) -> None:
+    if one_step and (batch_first or max_steps is not None):
+        other = "batch_first" if batch_first else "max_steps"
+        raise ConfigError(
+            f"either one_step or {other} was expected, but both came: a module that takes one step (B, ...) has "
+            "no time among its dimensions",
+            fix="one_step=True for inputs (B, ...); batch_first=True, max_steps=1 for inputs (B, 1, ...)",
+        )
+
+
+def _check_torchs_own(module: nn.Module, batch_first: bool) -> None:
+    """Refuse what torch's own layers are known not to be."""
+    if isinstance(module, nn.RNNCellBase):
+        raise ConfigError(
+            f"a module that returns outputs and state was expected, but nn.{type(module).__name__} returns its state "
+            "alone",
+            fix="tbptt.scan(cell)",
+        )
+    if isinstance(module, nn.RNNBase) and module.batch_first != batch_first:
+        raise ConfigError(
+            f"nn.{type(module).__name__} was built with batch_first={module.batch_first}, but batch_first="
+            f"{batch_first} came: it would take lanes for steps",
+            fix=f"tbptt.stateful(module, batch_first={module.batch_first})",
         )
 
 
@@ -131,14 +168,27 @@ def _check_together(call: object, state: object, outputs: object, inside: object
         )
 
 
-def _check_keywords(module: nn.Module, call: object, names: list[str]) -> None:
+def _check_keywords(module: nn.Module, names: list[str]) -> None:
     taken = inspect.signature(module.forward).parameters
-    if call is not None or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
         return
     unknown = [name for name in names if name not in taken]
     if unknown:
         raise ConfigError(
             f"{type(module).__name__} was expected to take {', '.join(map(repr, unknown))}, but its forward takes "
             f"{', '.join(taken)}",
-            fix=f"tbptt.stateful(module, state={list(taken)[-1]!r})",
+            fix=f"tbptt.stateful(module, state={[*taken, 'state'][len(taken) - 1]!r})",
         )
+
+
+def _check_takes_state(module: nn.Module, state: str | None, inside: object, extra: Mapping[str, Any]) -> None:
+    if inside or state is not None:
+        return
+    try:
+        inspect.signature(module.forward).bind(None, None, **extra)
+    except TypeError:
+        raise ConfigError(
+            f"{type(module).__name__} was expected to take its state as the second argument, but its forward takes "
+            f"{', '.join(inspect.signature(module.forward).parameters)}",
+            fix="tbptt.stateful(module, state=...), inside=True or call=..., as the module is",
+        ) from None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tbptt.codec.layout import laid_out
-from tbptt.codec.names import DTYPES, MARK, SURROGATES
+from tbptt.codec.names import MARK, NUMPY_ARRAYS, PLAIN_KEYS, SURROGATES
 from tbptt.errors import CheckpointError
 from tbptt.opaque import find_class, is_container, rebuild
 
@@ -65,7 +66,7 @@ class Decoder:
     def named_tuple(self, entry: dict[str, Any]) -> Any:
         found = self.found(entry)
         fields = getattr(found, "_fields", None)
-        if not issubclass(found, tuple) or fields != tuple(entry["fields"]):
+        if not issubclass(found, tuple) or fields != tuple(entry["fields"]) or hasattr(found, "__del__"):
             raise CheckpointError(
                 f"{entry['class']} was expected to be a named tuple with the fields {entry['fields']}, but has "
                 f"{fields and list(fields)}: its values would get other meanings",
@@ -76,20 +77,43 @@ class Decoder:
 
     def object(self, entry: dict[str, Any]) -> Any:
         found = self.found(entry)
-        if not is_container(found):
-            raise CheckpointError(
-                f"{entry['class']} was expected to be a Python class whose objects are their attributes, but is "
-                "not: what it does besides could not be undone",
-                fix=f"resume with the {found.__name__} that the run was started with",
-            )
-        return rebuild(found, {name: self.decode(part) for name, part in entry["parts"]})
+        made = {str(name): self.decode(part) for name, part in entry["parts"]}
+        try:
+            if is_container(found):
+                return rebuild(found, made)
+        except (AttributeError, TypeError):
+            pass  # parts that its objects have no place for
+        raise CheckpointError(
+            f"{entry['class']} was expected to be a Python class whose objects are their attributes "
+            f"{sorted(made)}, but is not: what it does besides could not be undone",
+            fix=f"resume with the {found.__name__} that the run was started with",
+        )
 
     def enum(self, entry: dict[str, Any]) -> Any:
-        return getattr(self.found(entry), entry["name"])
+        found = self.found(entry)
+        if not issubclass(found, Enum) or entry["name"] not in found.__members__:
+            raise CheckpointError(
+                f"{entry['class']} was expected to be an enum with {entry['name']!r}, but is not",
+                fix=f"resume with the {found.__name__} that the run was started with",
+            )
+        return found[entry["name"]]
 
-    def default_dict(self, entry: dict[str, Any]) -> Any:
-        pairs = ((self.decode(key), self.decode(item)) for key, item in entry["items"])
-        return defaultdict(self.decode(entry["factory"]), pairs)
+    def pairs(self, entry: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+        for key, item in entry["items"]:
+            plain = self.decode(key)
+            if type(plain) not in PLAIN_KEYS:
+                raise CheckpointError(f"a plain key was expected in a dict, but a {type(plain).__name__} came")
+            yield plain, self.decode(item)
+
+    def constant(self, entry: dict[str, Any]) -> Any:
+        found: Any = vars(torch).get(entry["name"])
+        if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+            raise CheckpointError(
+                f"a dtype, layout or memory format was expected, but torch {torch.__version__} has no "
+                f"{entry['name']!r}",
+                fix="resume with the torch that the run was started with",
+            )
+        return found
 
     def tensor(self, entry: dict[str, Any]) -> Tensor:
         name = entry["name"]
@@ -100,6 +124,8 @@ class Decoder:
 
     def array(self, entry: dict[str, Any]) -> np.ndarray[Any, Any]:
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+        if dtype.kind not in NUMPY_ARRAYS:  # numpy would take the bytes of an object for its address
+            raise CheckpointError(f"an array of numbers or texts was expected, but one of {dtype} came")
         buffer = bytearray(self.stored(entry["name"]).numpy().tobytes())  # a bytearray: it may be written to
         return np.ndarray(shape, dtype, buffer=buffer, order=entry["order"])
 
@@ -120,17 +146,19 @@ _KINDS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "complex": lambda decoder, entry: complex(*struct.unpack(">2d", bytes.fromhex(entry["bits"]))),
     "str": lambda decoder, entry: bytes.fromhex(entry["hex"]).decode(*SURROGATES),
     "bytes": lambda decoder, entry: bytes.fromhex(entry["hex"]),
-    "dict": lambda decoder, entry: {decoder.decode(key): decoder.decode(item) for key, item in entry["items"]},
-    "ordered": lambda decoder, entry: OrderedDict((decoder.decode(k), decoder.decode(v)) for k, v in entry["items"]),
+    "dict": lambda decoder, entry: dict(decoder.pairs(entry)),
+    "ordered": lambda decoder, entry: OrderedDict(decoder.pairs(entry)),
     "tuple": lambda decoder, entry: tuple(map(decoder.decode, entry["items"])),
     "size": lambda decoder, entry: torch.Size(entry["items"]),
     "deque": lambda decoder, entry: deque(map(decoder.decode, entry["items"]), entry["maxlen"]),
-    "defaultdict": Decoder.default_dict,
+    "defaultdict": lambda decoder, entry: defaultdict(decoder.decode(entry["factory"]), decoder.pairs(entry)),
+    "slice": lambda decoder, entry: slice(*map(decoder.decode, entry["items"])),
+    "range": lambda decoder, entry: range(*map(decoder.decode, entry["items"])),
     "namedtuple": Decoder.named_tuple,
     "object": Decoder.object,
     "class": Decoder.found,
     "enum": Decoder.enum,
-    "dtype": lambda decoder, entry: DTYPES[entry["name"]],
+    "constant": Decoder.constant,
     "device": lambda decoder, entry: torch.device(entry["name"]),
     "tensor": Decoder.tensor,
     "array": Decoder.array,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.codec.layout import layout_of
-from tbptt.codec.names import DTYPES, MARK, SURROGATES
+from tbptt.codec.names import DTYPES, MARK, NUMPY_ARRAYS, NUMPY_SCALARS, PLAIN_KEYS, SURROGATES
 from tbptt.errors import CheckpointError
 from tbptt.opaque import class_name, is_container, parts
 
@@ -21,8 +21,6 @@ __all__ = ["encode"]
 
 _EXACT_INT = 2**63  # beyond it other readers of JSON round, and Python limits the digits it will parse
 _SHORT = 80  # characters of a value that an error shows
-_NUMPY_SCALARS = "biufcmM"  # numpy's own letters: bool, int, uint, float, complex, timedelta, datetime
-_NUMPY_ARRAYS = _NUMPY_SCALARS + "SU"
 
 
 def encode(tree: Any, root: str, tensors: dict[str, Tensor]) -> Any:
@@ -89,26 +87,30 @@ class Encoder:
             return self.tensor(value, path)
         if kind is np.ndarray:
             return self.array(value, path)
-        if isinstance(value, np.generic) and value.dtype.kind in _NUMPY_SCALARS:
+        if isinstance(value, np.generic) and value.dtype.kind in NUMPY_SCALARS:
             return {MARK: "scalar", "dtype": value.dtype.str, "hex": value.tobytes().hex()}
         return self.rare(value, path)
 
     def rare(self, value: Any, path: str) -> dict[str, Any]:
         """Encode what is met inside the states of some models only."""
         kind: type[Any] = type(value)
-        if isinstance(value, torch.dtype):
-            return {MARK: "dtype", "name": str(value).removeprefix("torch.")}
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return {MARK: "constant", "name": str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
             return {MARK: "device", "name": str(value)}
         if isinstance(value, type):
             return {MARK: "class", "class": self.name(value, path)}
         if isinstance(value, Enum):
+            if value.name not in kind.__members__:  # two flags at once, for example
+                self.refuse(value, path)
             return {MARK: "enum", "class": self.name(kind, path), "name": value.name}
         if kind is deque:
             return {MARK: "deque", "items": self.items(value, path), "maxlen": value.maxlen}
         if kind is defaultdict:
             factory = self.encode(value.default_factory, f"the default of {path}")
             return {MARK: "defaultdict", "factory": factory, "items": self.pairs(value, path)}
+        if kind in (slice, range):
+            return {MARK: kind.__name__, "items": self.items((value.start, value.stop, value.step), path)}
         if not is_container(kind):
             self.refuse(value, path)
         found = parts(value).items()
@@ -140,7 +142,7 @@ class Encoder:
     def pairs(self, value: dict[Any, Any], path: str) -> list[Any]:
         pairs: list[Any] = []
         for key, item in value.items():
-            if type(key) not in (str, int, bool, float, bytes, type(None)):
+            if type(key) not in PLAIN_KEYS:
                 self.refuse(key, f"a key of {path}")
             below = f"{path}.{key}" if type(key) is str else f"{path}[{key!r}]"
             pairs.append([self.encode(key, f"a key of {path}"), self.encode(item, below)])
@@ -153,7 +155,7 @@ class Encoder:
         if kind is torch.Size:
             return {MARK: "size", "items": list(value)}
         fields: tuple[str, ...] | None = getattr(kind, "_fields", None)
-        if fields is None:
+        if fields is None or hasattr(kind, "__del__"):
             self.refuse(value, path)
         items = [self.encode(item, f"{path}.{field}") for field, item in zip(fields, value, strict=True)]
         return {MARK: "namedtuple", "class": self.name(kind, path), "fields": list(fields), "items": items}
@@ -181,7 +183,7 @@ class Encoder:
         return entry
 
     def array(self, value: np.ndarray[Any, Any], path: str) -> dict[str, Any]:
-        if value.dtype.kind not in _NUMPY_ARRAYS:
+        if value.dtype.kind not in NUMPY_ARRAYS:
             self.refuse(value, path)
         order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
         name = self.free_name(path)

@@ -10,6 +10,15 @@ MARK = "$"
 SURROGATES = ("utf-8", "surrogatepass")
 """How a text is written whose characters JSON would not give back: lone surrogates are legal in Python."""
 
+PLAIN_KEYS = (str, int, bool, float, bytes, type(None))
+"""What a dict may have for keys: their hash runs no code of a class."""
+
+NUMPY_SCALARS = "biufcmM"
+"""numpy's own letters: bool, int, uint, float, complex, timedelta, datetime."""
+
+NUMPY_ARRAYS = NUMPY_SCALARS + "SU"
+"""Those, and texts of fixed length; never "O", whose bytes are addresses."""
+
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
