@@ -200,7 +200,11 @@ def test_right_models_pass(model: nn.Module) -> None:
         (Forgets(), "value carry", "forgets to pass its state on"),
         (Detaches(), "gradient carry", "detaches the state that it takes or returns"),
         (DetachesInside(), "gradient carry", "detaches its state inside"),
-        (DropsAPart(), "value carry", "drops a part of its state: when 8 steps come at once, ssm"),
+        (
+            DropsAPart(),
+            "value carry",
+            "drops a part of its state: when 8 steps come at once, nothing that follows depends on ssm",
+        ),
         (OneStateForAll(), "value carry", r"wrong batch size: state (1, 1, 5) is the same for any number of lanes"),
         (WrongBatchSize(), "value carry", r"wrong batch size: state (1, 1, 5) is the same for any number of lanes"),
         (LooksAhead(), "value carry", "depend on the length of the chunk, before any state is passed"),
@@ -323,6 +327,16 @@ def test_rounding_inside_is_measured_and_no_fault() -> None:
             return outputs * (1 + 1e-4 * len(inputs)), state
 
     assert not tbptt.check(Wrong(), EXAMPLE)
+
+
+def test_the_reach_of_what_is_too_large_is_left_out_and_said_so() -> None:
+    for model, estimator, says in [
+        (nn.GRU(2, 5), tbptt.TBPTT(1, 300), "300 steps back would take minutes"),
+        (nn.GRU(2, 700), tbptt.TBPTT(8, 200), "216 copies of the weights"),
+    ]:
+        item = tbptt.check(model, EXAMPLE, estimator).items[-1]
+        assert item.name == "reach"
+        assert f"not measured here: {says}" in item.detail.replace("it takes ", "")
 
 
 def test_chunks_are_used_as_given_and_refused_where_they_are_none() -> None:

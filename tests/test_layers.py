@@ -81,7 +81,17 @@ def test_the_arbiters_share_no_code_with_what_they_judge() -> None:
 def test_importing_takes_nothing_optional_and_nothing_of_the_command_line() -> None:
     code = "import sys, tbptt; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    unwanted = {"lightning", "transformers", "tensorboard", "river", "datasets", "soundfile", "scipy", "pandas"}
+    unwanted = {
+        "lightning",
+        "accelerate",
+        "transformers",
+        "tensorboard",
+        "river",
+        "datasets",
+        "soundfile",
+        "scipy",
+        "pandas",
+    }
     unwanted |= {"typer", "pydantic", "rich", "tomli_w", "plotly", "pyarrow", "tbptt.cli", "tbptt.testing"}
     assert unwanted.isdisjoint(loaded)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ShapeError
+from tbptt.opaque import CONSTANTS
 from tbptt.tree import LaneDims, Tree, detach, tensors, time_slice, tree_map
 
 __all__ = ["HasInitialState", "Scan", "scan"]
@@ -196,14 +197,29 @@ def fork_random(device: torch.device) -> Generator[None]:
 
 
 @contextmanager
-def restored_buffers(model: nn.Module) -> Generator[None]:
-    """Leave the model's buffers (running statistics, say) as they were."""
-    before = {name: value.clone() for name, value in model.named_buffers()}
+def left_as_it_was(model: nn.Module) -> Generator[None]:
+    """Leave the model's buffers and attributes as they were, but for objects that are written into.
+
+    A tensor that nobody writes to is not written back either: graphs may have saved it.
+    """
+    rooms: list[dict[str, Any]] = []
+    for each in model.modules():
+        rooms += [vars(each), each._buffers]  # pyright: ignore[reportPrivateUsage, reportArgumentType]
+    kept = [{name: value for name, value in room.items() if isinstance(value, (Tensor, *CONSTANTS))} for room in rooms]
+    names = [set(room) for room in rooms]
+    held = [value for each in kept for value in each.values() if isinstance(value, Tensor)]
+    before = [(value, value.detach().clone()) for value in held if value.layout == torch.strided]
     try:
         yield
     finally:
-        for name, value in model.named_buffers():
-            value.copy_(before[name])
+        for room, values, known in zip(rooms, kept, names, strict=True):
+            for name in set(room) - known:
+                del room[name]
+            room.update(values)
+        with torch.no_grad():
+            for value, old in before:
+                if not torch.equal(value, old):  # batch normalisation writes without a new version
+                    value.copy_(old)
 
 
 def initial_state(model: nn.Module, lanes: int) -> Tree | None:
@@ -254,7 +270,7 @@ def _one_lane_more(inputs: Tree) -> Tree:
 def _state_shapes(model: nn.Module, inputs: Tree) -> list[list[tuple[int, ...]]]:
     """Return the shapes of the state's tensors after one call and after two; empty if it cannot be run."""
     shapes: list[list[tuple[int, ...]]] = []
-    with fork_random(tensors(inputs)[0].device), torch.no_grad(), restored_buffers(model):
+    with fork_random(tensors(inputs)[0].device), torch.no_grad(), left_as_it_was(model):
         try:
             state = initial_state(model, tensors(inputs)[0].shape[1])
             for _ in range(2):

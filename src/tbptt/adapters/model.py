@@ -80,6 +80,11 @@ class StatefulFrom(Stateful):
         super().__init__(module, call, in_place)
         self._initial = initial
 
+    def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
+        """Run the module over inputs (T, B, ...) from `state`, or from its own start."""
+        lanes = tensors(inputs)[0].shape[1]
+        return super().forward(inputs, self._initial(lanes) if state is None else state)
+
     def initial_state(self, lanes: int) -> Tree:
         """Return the state before the first step."""
         return self._initial(lanes)

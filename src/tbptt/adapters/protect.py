@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tbptt.model import fork_random
-from tbptt.opaque import CONSTANTS
+from tbptt.model import fork_random, left_as_it_was
 from tbptt.tree import Tree, as_leaves, copy, differentiable, tensors, tree_map
 
 __all__ = ["overwrites_what_it_needs", "protected"]
@@ -114,7 +113,7 @@ def overwrites_what_it_needs(
         inputs: what to call it with, twice. Leaves (T, B, ...); one lane is tried first.
     """
     one_lane = tree_map(lambda leaf: leaf[:, :1].detach(), inputs)
-    with torch.enable_grad(), fork_random(tensors(inputs)[0].device), _left_as_it_was(module):
+    with torch.enable_grad(), fork_random(tensors(inputs)[0].device), left_as_it_was(module):
         for sample in (one_lane, tree_map(Tensor.detach, inputs)):
             try:
                 outputs, state = call(module, sample, None)
@@ -130,32 +129,6 @@ def overwrites_what_it_needs(
             else:
                 return False
     return False
-
-
-@contextmanager
-def _left_as_it_was(module: nn.Module) -> Generator[None]:
-    """Leave buffers and attributes as they were, but for objects that are written into.
-
-    A tensor that nobody writes to is not written back either: graphs may have saved it.
-    """
-    rooms: list[dict[str, Any]] = []
-    for each in module.modules():
-        rooms += [vars(each), each._buffers]  # pyright: ignore[reportPrivateUsage, reportArgumentType]
-    kept = [{name: value for name, value in room.items() if isinstance(value, (Tensor, *CONSTANTS))} for room in rooms]
-    names = [set(room) for room in rooms]
-    held = [value for each in kept for value in each.values() if isinstance(value, Tensor)]
-    before = [(value, value.detach().clone()) for value in held if value.layout == torch.strided]
-    try:
-        yield
-    finally:
-        for room, values, known in zip(rooms, kept, names, strict=True):
-            for name in set(room) - known:
-                del room[name]
-            room.update(values)
-        with torch.no_grad():
-            for value, old in before:
-                if not torch.equal(value, old):  # batch normalisation writes without a new version
-                    value.copy_(old)
 
 
 def _pull(roots: Tree, leaves: list[Tensor]) -> None:

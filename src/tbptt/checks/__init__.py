@@ -21,7 +21,6 @@ from tbptt.window import Window
 __all__ = ["CheckItem", "CheckReport", "Reach", "check", "measure_reach"]
 
 _QUESTIONS: list[Callable[[Trial], CheckItem]] = [
-    state,
     value_carry,
     gradient_carry,
     detached_training,
@@ -72,7 +71,9 @@ def check(
     with fork_random(next(model.parameters()).device), torch.backends.cudnn.flags(enabled=False):
         torch.manual_seed(0)
         trial = Trial.prepare(model, example if isinstance(example, Window) else Window(example), chunks)
-        items = [_ask(lambda question=question: question(trial), question.__name__) for question in _QUESTIONS]
+        items = [_ask(lambda: state(trial), "state")]
+        if items[0].passed:  # without a state there is nothing else to ask
+            items += [_ask(lambda ask=ask: ask(trial), ask.__name__) for ask in _QUESTIONS]
         if estimator is not None and all(item.passed for item in items):
             takes_steps = not isinstance(items[1].measured.get("steps"), str)
             items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))

@@ -8,7 +8,7 @@ from torch import Tensor
 from tbptt.adapters import Stateful
 from tbptt.checks.precision import apart
 from tbptt.checks.trial import Trial
-from tbptt.tree import Tree, differentiable, leaf_names, replace_tensors, tensors, time_slice, tree_map
+from tbptt.tree import Tree, copy, differentiable, leaf_names, replace_tensors, tensors, time_slice, tree_map
 from tbptt.window import Window
 
 __all__ = [
@@ -102,9 +102,7 @@ def of_values(trial: Trial, found: dict[str, float | str], wrong: list[str]) -> 
     if len(dropped) == len(differentiable(state)):
         cause = f"it forgets to pass its state on: when {steps}, each chunk is computed as if it were a fresh start"
     elif dropped:
-        cause = (
-            f"it drops a part of its state: when {steps}, {_listed(dropped, names)} has no influence on what follows"
-        )
+        cause = f"it drops a part of its state: when {steps}, nothing that follows depends on {_listed(dropped, names)}"
     else:
         cause = (
             "its outputs depend on where the sequence is cut: the state does not hold, or not use, all that is needed"
@@ -140,7 +138,7 @@ def _without_lanes(trial: Trial, steps: int) -> str:
 def _without_influence(trial: Trial, sizes: list[int], state: Tree) -> list[str]:
     """Return the tensors of the state that the next chunk does not look at."""
     following = trial.window[sizes[0] : sizes[0] + sizes[1]]
-    usual, _ = trial.run(following, state)
+    usual, _ = trial.run(following, copy(state))  # some models write into what they are given
     leaves, names = tensors(state), leaf_names(state)
     found: list[str] = []
     for index, leaf in enumerate(leaves):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tbptt.checks.precision import apart, computes_narrower, distance, in_double, project
 from tbptt.errors import ConfigError, ShapeError
-from tbptt.model import find_lane_dims, restored_buffers, trainable_parameters
+from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
 from tbptt.tree import LaneDims, Tree, detach, tensors, time_cat, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -82,12 +82,16 @@ class Trial:
         with self.mode(train=False), single.mode(train=False):
             outputs = [each.run(each.window, None)[0] for each in (self, single)]
             value = apart(*outputs)
-            gradients = [each.gradient(found, 0) for each, found in zip((self, single), outputs, strict=True)]
-            gradient = distance(gradients[0], [leaf.double() for leaf in gradients[1]])
+            gradient = attempt(lambda: self._gradient_apart(single, outputs))
         # Rounding differs from one way to the next by more than from one precision to the next; never by 1e-3.
-        limits = [min(1e-3, max(1e-6, 30 * noise)) for noise in (value, gradient)]
+        noises = (value, gradient if isinstance(gradient, float) else value)
+        limits = [min(1e-3, max(1e-6, 30 * noise)) for noise in noises]
         words = f"float64 with parts in float32, where differences below {limits[0]:.0e} are rounding"
         return replace(self, value_tolerance=limits[0], gradient_tolerance=limits[1], precision=words)
+
+    def _gradient_apart(self, single: Trial, outputs: list[Tree]) -> float:
+        gradients = [each.gradient(found, 0) for each, found in zip((self, single), outputs, strict=True)]
+        return distance(gradients[0], [leaf.double() for leaf in gradients[1]])
 
     @property
     def tried(self) -> str:
@@ -115,9 +119,9 @@ class Trial:
 
     @contextmanager
     def mode(self, *, train: bool) -> Generator[None]:
-        """Put the copy into a mode; afterwards its buffers (running statistics, say) are as before."""
+        """Put the copy into a mode; afterwards its buffers and attributes are as before."""
         self.model.train(train)
-        with restored_buffers(self.model):
+        with left_as_it_was(self.model):
             yield
 
 
