@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.checkpoint import Checkpoints, Loaded
-from tbptt.checks import check
+from tbptt.checks import check_on_stream
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
@@ -213,22 +213,13 @@ class Trainer:
             else:
                 self._restore(loaded)
             if self.checked:
-                self._check()
+                steps = self.estimator.next_steps(self.carry)
+                check_on_stream(self.model, self.stream, self.estimator, steps).raise_if_failed()
             self._begun = True
         for monitor in self.monitors:
             monitor.begin(replace(plan, update=self.updates))
         if self.updates == 0:
             self._save()  # so that there is something to resume from, and what cannot be saved is found at once
-
-    def _check(self) -> None:
-        self.stream.rewind()
-        try:
-            # three windows, for a model that takes no other length; the check uses fewer steps where it can
-            steps = self.estimator.next_steps(self.carry)
-            example = self.stream.read(3 * steps if 8 <= steps <= 64 else 24).to(self.device)
-        finally:
-            self.stream.load_state_dict(self._place)
-        check(self.model, example, self.estimator).raise_if_failed()
 
     def _read(self, passes: int | None) -> Window | None:
         """Return the next window, of this pass or of the next; None when the passes are over."""

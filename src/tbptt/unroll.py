@@ -11,7 +11,7 @@ from torch import nn
 
 from tbptt.errors import CapabilityError
 from tbptt.model import initial_state, split_result
-from tbptt.tree import LaneDims, Tree, check_lanes, time_cat, time_slice, where_lanes
+from tbptt.tree import LaneDims, Tree, check_lanes, copy, time_cat, time_slice, where_lanes
 from tbptt.window import Window
 
 __all__ = ["unroll"]
@@ -27,7 +27,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
     Args:
         model: the model, time first.
         window: its inputs and resets are used.
-        state: the state before the first step; None for the model's initial state.
+        state: the state before the first step, which stays as it is; None for the model's initial state.
         dims: the lane dimension of each tensor of the state; needed to reset single lanes.
 
     Returns:
@@ -37,7 +37,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
         CapabilityError: a single lane is to be reset and the lane dimensions are not known.
         ShapeError: the state's lanes have changed.
 
-    Cost: one call of the model for each stretch between resets.
+    Cost: one call of the model, and a copy of the state, for each stretch between resets.
     """
     resets = window.resets
     cuts = sorted({0, *resets, window.steps})
@@ -45,8 +45,8 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
     for begin, end in pairwise(cuts):
         if begin in resets:
             state = _reset(model, window, begin, state, dims)
-        if state is None:
-            state = initial_state(model, window.lanes)
+        # a copy: the model may write into it, and both the caller and the graph of the stretch before need theirs
+        state = initial_state(model, window.lanes) if state is None else copy(state)
         inputs = time_slice(window.inputs, begin, end) if len(cuts) > 2 else window.inputs
         outputs, state = split_result(model, model(inputs, state))
         pieces.append(outputs)

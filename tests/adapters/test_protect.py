@@ -291,6 +291,24 @@ def test_the_module_that_is_in_place_in_single_steps_only() -> None:
 # --- finding out
 
 
+def test_a_module_that_must_be_given_its_start_is_found_out_too() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(0.3 * torch.eye(2))
+
+        def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = []
+            for step in inputs:
+                outputs.append(torch.tanh(step + state @ self.weight) * (1 + state))
+                state.copy_(outputs[-1])
+            return torch.stack(outputs), state
+
+    model = tbptt.stateful(Overwrites(), initial=lambda lanes: torch.zeros(lanes, 2))
+    model(torch.randn(4, 3, 2))[0].sum().backward()
+    assert model.overwrites == {"several steps": True}
+
+
 def test_finding_out_leaves_nothing_behind() -> None:
     class Restless(GatedInPlace):
         def __init__(self) -> None:
@@ -310,7 +328,9 @@ def test_finding_out_leaves_nothing_behind() -> None:
     module.norm.running_mean.fill_(0.5)
     held = {id(value): value.clone() for value in module.buffers()}
     example, random = torch.randn(T, B, D), torch.get_rng_state()
-    assert overwrites_what_it_needs(module, lambda module, inputs, state: module(inputs, state), example)
+    assert overwrites_what_it_needs(
+        module, lambda module, inputs, state: module(inputs, state), example, lambda lanes: None
+    )
     assert (module.last, module.late, module.calls, hasattr(module, "more")) == (None, None, 0, False)
     assert all(torch.equal(value, held.pop(id(value))) for value in module.buffers())
     assert held == {}

@@ -29,12 +29,19 @@ class Stateful(nn.Module):
         overwrites: what was found out for "auto", by the kind of call: "one step", "several steps".
     """
 
-    def __init__(self, module: nn.Module, call: Call, in_place: Literal["auto", "protect", "leave"]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Call,
+        in_place: Literal["auto", "protect", "leave"],
+        initial: Callable[[int], Tree] | None,
+    ) -> None:
         super().__init__()
         self.module = module
         self.in_place = in_place
         self.overwrites: dict[str, bool] = {}
         self._call = call
+        self._initial = initial
 
     def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
         """Run the module over inputs (T, B, ...) from `state`, which stays as it is.
@@ -42,10 +49,10 @@ class Stateful(nn.Module):
         Raises:
             ShapeError: the outputs are not (T, B, ...).
         """
-        given = None if state is None else copy(state)
+        size = tensors(inputs)[0].shape[:2]
+        given = self._start(size[1]) if state is None else copy(state)
         with protected() if self._protects(inputs) else nullcontext():
             outputs, state = self._call(self.module, inputs, given)
-        size = tensors(inputs)[0].shape[:2]
         for leaf in tensors(outputs):
             if leaf.shape[:2] != size:
                 raise ShapeError(
@@ -56,6 +63,9 @@ class Stateful(nn.Module):
                 )
         return outputs, state
 
+    def _start(self, lanes: int) -> Tree | None:
+        return None if self._initial is None else self._initial(lanes)
+
     def _protects(self, inputs: Tree) -> bool:
         if self.in_place != "auto":
             return self.in_place == "protect"
@@ -63,28 +73,13 @@ class Stateful(nn.Module):
             return False
         kind = "one step" if tensors(inputs)[0].shape[0] == 1 else "several steps"
         if kind not in self.overwrites:
-            self.overwrites[kind] = overwrites_what_it_needs(self.module, self._call, inputs)
+            self.overwrites[kind] = overwrites_what_it_needs(self.module, self._call, inputs, self._start)
         return self.overwrites[kind]
 
 
 class StatefulFrom(Stateful):
     """A `Stateful` that says itself how a sequence starts."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        call: Call,
-        in_place: Literal["auto", "protect", "leave"],
-        initial: Callable[[int], Tree],
-    ) -> None:
-        super().__init__(module, call, in_place)
-        self._initial = initial
-
-    def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
-        """Run the module over inputs (T, B, ...) from `state`, or from its own start."""
-        lanes = tensors(inputs)[0].shape[1]
-        return super().forward(inputs, self._initial(lanes) if state is None else state)
-
     def initial_state(self, lanes: int) -> Tree:
         """Return the state before the first step."""
-        return self._initial(lanes)
+        return self._start(lanes)

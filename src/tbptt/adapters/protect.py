@@ -103,7 +103,10 @@ def protected() -> Generator[None]:
 
 
 def overwrites_what_it_needs(
-    module: nn.Module, call: Callable[[nn.Module, Tree, Tree | None], tuple[Tree, Tree]], inputs: Tree
+    module: nn.Module,
+    call: Callable[[nn.Module, Tree, Tree | None], tuple[Tree, Tree]],
+    inputs: Tree,
+    start: Callable[[int], Tree | None],
 ) -> bool:
     """Find out by experiment whether a call breaks its own backward pass, or that of the call before.
 
@@ -111,12 +114,13 @@ def overwrites_what_it_needs(
         module: the module; its buffers, attributes and the random generators are afterwards as they were.
         call: how to call it.
         inputs: what to call it with, twice. Leaves (T, B, ...); one lane is tried first.
+        start: number of lanes -> what the first call is given as its state.
     """
     one_lane = tree_map(lambda leaf: leaf[:, :1].detach(), inputs)
     with torch.enable_grad(), fork_random(tensors(inputs)[0].device), left_as_it_was(module):
         for sample in (one_lane, tree_map(Tensor.detach, inputs)):
             try:
-                outputs, state = call(module, sample, None)
+                outputs, state = call(module, sample, start(tensors(sample)[0].shape[1]))
                 given = as_leaves(state)
                 later, end = call(module, sample, copy(given))
                 for roots in ([*differentiable(outputs), *differentiable(state)], [later, end]):

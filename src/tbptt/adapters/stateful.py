@@ -97,9 +97,8 @@ def stateful(
         chosen = Pieces(chosen, max_steps)
     if initial is None and not inside and isinstance(module, HasInitialState):
         initial = module.initial_state
-    if initial is not None:
-        return StatefulFrom(module, chosen, in_place, initial)
-    return Stateful(module, chosen, in_place)
+    kind = Stateful if initial is None else StatefulFrom
+    return kind(module, chosen, in_place, initial)
 
 
 def _check_choices(in_place: str, max_steps: object, inside: object) -> None:

@@ -15,10 +15,11 @@ from tbptt.checks.trial import Trial
 from tbptt.errors import TbpttError
 from tbptt.estimators.base import Estimator
 from tbptt.model import check_trainable, fork_random
+from tbptt.streams.base import Stream
 from tbptt.tree import Tree
 from tbptt.window import Window
 
-__all__ = ["CheckItem", "CheckReport", "Reach", "check", "measure_reach"]
+__all__ = ["CheckItem", "CheckReport", "Reach", "check", "check_on_stream", "measure_reach"]
 
 _QUESTIONS: list[Callable[[Trial], CheckItem]] = [
     value_carry,
@@ -78,6 +79,24 @@ def check(
             takes_steps = not isinstance(items[1].measured.get("steps"), str)
             items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))
         return CheckReport(_name(model), trial.tried, tuple(items))
+
+
+def check_on_stream(model: nn.Module, stream: Stream, estimator: Estimator, steps: int) -> CheckReport:
+    """Check `model` on the first steps of a stream, which is afterwards where it was.
+
+    Args:
+        model: what is to be trained.
+        stream: what it is to be trained on.
+        estimator: whose reach to measure.
+        steps: of a window. Three windows are read, for a model that takes no other length; most need fewer steps.
+    """
+    place = stream.state_dict()
+    stream.rewind()
+    try:
+        example = stream.read(3 * steps if 8 <= steps <= 64 else 24)
+    finally:
+        stream.load_state_dict(place)
+    return check(model, example.to(next(model.parameters()).device), estimator)
 
 
 def _name(model: nn.Module) -> str:

@@ -69,7 +69,7 @@ def detached_training(trial: Trial) -> CheckItem:
     if causes.overwritten(found):
         return CheckItem(name, "fail", row(found), *causes.overwrites(causes.overwritten(found)), found)
     if any(_exceeds(value, trial.gradient_tolerance) for value in found.values()):
-        return CheckItem(name, "fail", row(found), *causes.WRITES_INTO_STATE, found)
+        return CheckItem(name, "fail", row(found), *causes.KEEPS_MORE, found)
     if isinstance(found["chunks"], str):
         return CheckItem(name, "fail", row(found), *causes.refuses(found["chunks"]), found)
     return CheckItem(name, "note" if _refused(found) else "ok", row(found), measured=found)

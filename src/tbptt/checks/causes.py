@@ -13,11 +13,11 @@ from tbptt.window import Window
 
 __all__ = [
     "DETACHES_INSIDE",
+    "KEEPS_MORE",
     "MIXES_LANES",
     "NO_STATE",
     "RANDOM",
     "STARTS_ELSEWHERE",
-    "WRITES_INTO_STATE",
     "of_gradients",
     "of_values",
     "overwrites",
@@ -38,9 +38,9 @@ RANDOM = (
     "torch.nn.functional.dropout(x, p, self.training)",
 )
 DETACHES_INSIDE = ("no gradient comes from before the chunk, in one pass neither: it detaches its state inside", _KEEP)
-WRITES_INTO_STATE = (
-    "it writes into the state that it is given, which others still need",
-    "state = state + x, not state += x; or model = tbptt.stateful(model), which hands it a copy",
+KEEPS_MORE = (
+    "what it computes depends on more than its inputs and the state that it is given: it keeps something inside",
+    "return all that is carried as the state; or tbptt.stateful(model, inside=True)",
 )
 MIXES_LANES = (
     "it mixes lanes: when lane 0 is fed something else, the other lanes change",

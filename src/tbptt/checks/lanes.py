@@ -11,7 +11,7 @@ from tbptt.checks.precision import apart, project
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial, row
 from tbptt.model import trainable_parameters
-from tbptt.tree import Tree, as_leaves, clone, differentiable, leaf_names, num_bytes, tensors, tree_map
+from tbptt.tree import Tree, as_leaves, differentiable, leaf_names, num_bytes, tensors, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
@@ -41,17 +41,13 @@ def in_place_safety(trial: Trial) -> CheckItem:
     parameters = list(trainable_parameters(trial.model).values())
     with trial.mode(train=True):
         outputs, found = trial.run(trial.window[:half], None)
-        given = as_leaves(found)
-        before = clone(given)
-        later, _ = trial.run(trial.window[half:], given)
+        later, _ = trial.run(trial.window[half:], as_leaves(found))
         try:
             for each in (outputs, later):
                 torch.autograd.grad(project(each, 0), parameters, allow_unused=True)
         except RuntimeError as error:
             first = f"RuntimeError: {str(error).splitlines()[0]}"
             return CheckItem(name, "fail", detail, *causes.overwrites(first))
-    if not all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(given), strict=True)):
-        return CheckItem(name, "fail", detail, *causes.WRITES_INTO_STATE)
     kinds = [kind for kind, yes in trial.model.overwrites.items() if yes] if isinstance(trial.model, Stateful) else []
     if kinds:
         detail += f"; protected, as it overwrites what its backward pass needs, in calls of {' and '.join(kinds)}"

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from tbptt.checks import check
+from tbptt.checks import check_on_stream
 from tbptt.codec import decode, encode
 from tbptt.errors import CheckpointError, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
@@ -70,18 +70,11 @@ class Course:
             self.place = self.stream.state_dict()
             self.carry = self.estimator.init(module, self.stream.lanes)
             if self.checked:
-                self._check(module)
+                steps = self.estimator.next_steps(self.carry)
+                check_on_stream(module, self.stream, self.estimator, steps).raise_if_failed()
         if trainer.ckpt_path is not None:
             self._restore(trainer, device)
         self.loaded, self.begun = None, True
-
-    def _check(self, module: LightningModule) -> None:
-        self.stream.rewind()
-        try:
-            example = self.stream.read(24).to(module.device)
-        finally:
-            self.stream.load_state_dict(self.place)
-        check(module, example, self.estimator).raise_if_failed()
 
     def next_window(self) -> Window:
         """Return the window to train on, which most often has been read ahead."""
