@@ -114,7 +114,6 @@ class TestWindows:
             def __init__(self) -> None:
                 super().__init__()
                 self.core = nn.GRU(D, H)
-                self.calls = 0
 
             def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
                 outputs, state = self.core(inputs, state)
@@ -141,8 +140,8 @@ class TestWindows:
         model, part = Growing(D, H), window(4)
         reset = torch.zeros(4, B, dtype=torch.bool)
         reset[3, 1] = True
+        single = Window(part.inputs, part.targets, reset=reset)
         with pytest.raises(ShapeError) as caught:
-            single = Window(part.inputs, part.targets, reset=reset)
             estimator.estimate(model, squared, estimator.init(model, B), single)
         refusal(caught, "had 1 tensors", "now has 2", fix="same structure")
 
