@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import carry
 import pytest
@@ -43,6 +44,17 @@ def test_what_they_do_by_hand_is_known(entry: zoo.Entry) -> None:
     """Fails when a version of the library does better, so that the adapter can do less."""
     need(entry.needs)
     assert carry.table(entry, adapted=False) == entry.by_hand_marks
+
+
+def test_the_table_in_the_docs_says_what_is_known() -> None:
+    """scripts/model_table writes it; the tests above and test_transformers.py hold the models to the same marks."""
+    rows = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    signs = str.maketrans("+-!x", "✓✗!○")
+    for each in [*zoo.TRANSFORMERS, *zoo_libraries.LIBRARIES]:
+        row = f"| {each.name} | {each.by_hand_marks} | {each.marks} | ".translate(signs)
+        name = f"| {each.name} | "
+        row = name + row[len(name) :]
+        assert any(line.startswith(row) for line in rows), row
 
 
 def test_the_measure_sees_a_state_that_is_dropped() -> None:

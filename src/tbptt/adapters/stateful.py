@@ -110,7 +110,6 @@ def _check_choices(in_place: str, max_steps: object, inside: object) -> None:
         raise ConfigError(
             f"max_steps was expected to be a whole number of steps, at least 1, but is {max_steps!r}", fix="max_steps=1"
         )
-
     if not isinstance(inside, bool) and not callable(inside):
         raise ConfigError(
             f"inside was expected to be True, or a function that puts the module to its start, but is {inside!r}",

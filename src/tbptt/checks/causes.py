@@ -72,7 +72,10 @@ def of_gradients(*, crosses: bool) -> tuple[str, str]:
     """Return why the gradient through chunks is another than that of one pass."""
     if not crosses:
         return "it detaches the state that it takes or returns: no gradient crosses a boundary", _KEEP
-    return "its gradient depends on where the sequence is cut", _KEEP
+    return (
+        "its gradient depends on where the sequence is cut; where its outputs do as well, it follows from that",
+        "mend the value carry first; if that is right, return all of the state with its graph",
+    )
 
 
 def of_values(trial: Trial, found: dict[str, float | str], wrong: list[str]) -> tuple[str, str]:

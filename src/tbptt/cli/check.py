@@ -10,6 +10,8 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
+from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from tbptt.checks import check as run_check
@@ -56,7 +58,13 @@ def check(
             fix="--input floats:2x24x8, or return (model, inputs)",
         )
     report = run_check(built, inputs, estimator, chunks=sizes)
-    print(report.to_json() if as_json else report)
+    if as_json:
+        print(report.to_json())
+    else:
+        page = Text(str(report))
+        for word, style in (("OK", "green"), ("NOTE", "yellow"), ("FAIL", "bold red")):
+            page.highlight_regex(rf"(?m)^  {word}\b", style)
+        Console(soft_wrap=True).print(page)  # plain text where there is no terminal, or NO_COLOR is set
     raise typer.Exit(0 if report else 1)
 
 
