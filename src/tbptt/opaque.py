@@ -113,12 +113,12 @@ def find_class(name: str) -> type[Any] | None:
 
 
 def refuse(value: object) -> CapabilityError:
-    """Return the error for a value that a state cannot hold."""
+    """Return the error for a value that a tree cannot hold."""
     kind = type(value)
     return CapabilityError(
-        f"a state of tensors in containers was expected, but it holds a {kind.__module__}.{kind.__qualname__}, "
+        f"tensors in containers were expected, but one of these holds a {kind.__module__}.{kind.__qualname__}, "
         "which cannot be looked into: what it carries could be neither detached, reset nor saved",
-        fix="keep the state in tensors, tuples, lists, dicts, or objects of a Python class that hold such",
+        fix="keep everything in tensors, tuples, lists, dicts, or objects of a Python class that hold such",
     )
 
 
