@@ -2,7 +2,7 @@
 
 Torch has `torch.autograd.graph.allow_mutation_on_saved_tensors`, whose graphs live no longer than its context:
 too short for a graph that is kept from window to window. This is the same idea with graphs that live as long
-as anyone holds them.
+as anyone holds them, at little more than half the time.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def protected() -> Generator[None]:
     What was saved for the backward pass is copied just before it is overwritten. Writing to it after the
     context is an error in the backward pass, as without it.
 
-    Cost: a call of Python for each operation, about twice the time of a tiny model; memory of the copies.
+    Cost: a call of Python for each operation, 2.3 times the time of a tiny Mamba2 and 1.2 of one of 512 x 4 layers
+        (benchmarks/speed/protection.py); memory of the copies.
     """
     mode = _CopyBeforeWrite()
     with saved_tensors_hooks(mode.pack, _Saved.unpack), mode:
