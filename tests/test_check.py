@@ -150,6 +150,12 @@ class OverwritesWithinACall(nn.Module):
         return torch.stack(outputs), state
 
 
+class NotFinite(Base):
+    def forward(self, inputs, state=None):
+        outputs, state = self.core(inputs, state)
+        return outputs / 0, state
+
+
 class KeepsItInside(Base):
     def forward(self, inputs, state=None):
         outputs, self.kept = self.core(inputs, getattr(self, "kept", None))
@@ -211,6 +217,7 @@ def test_right_models_pass(model: nn.Module) -> None:
         (AlwaysDropsOut(), "value carry", "a dropout that is always on"),
         (OverwritesWithinACall(), "gradient carry", "writes in place, over what the backward pass needs"),
         (OverwritesWithinACall(), "detached training", "writes in place, over what the backward pass needs"),
+        (NotFinite(), "value carry", "its outputs are not finite"),
         (KeepsItInside(), "state", "returns no state"),
         (MixesLanes(), "lane independence", "mixes lanes"),
         (MixesInTraining(), "lane independence", "mixes lanes"),

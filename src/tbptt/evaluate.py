@@ -43,7 +43,7 @@ def evaluate(
     """
     step_loss, metrics = StepLoss.of(loss), metrics or {}
     device = next(model.parameters()).device
-    state, dims, total, count = None, None, 0.0, 0
+    state, dims, looked, total, count = None, None, False, 0.0, 0
     for each in metrics.values():
         each.start()
     training = model.training
@@ -54,7 +54,7 @@ def evaluate(
         with torch.no_grad(), fork_random(device):
             for window in stream.windows(steps):
                 window = window.to(device)
-                dims = find_lane_dims(model, window.inputs) if dims is None else dims
+                dims, looked = dims if looked else find_lane_dims(model, window.inputs), True
                 outputs, state = unroll(model, window, state, dims)
                 losses, valid = step_loss.by_step(outputs, window)
                 counted = losses[valid]

@@ -93,7 +93,7 @@ def check_on_stream(model: nn.Module, stream: Stream, estimator: Estimator, step
     place = stream.state_dict()
     stream.rewind()
     try:
-        example = stream.read(3 * steps if 8 <= steps <= 64 else 24)
+        example = stream.read(max(24, 3 * min(steps, 1024)))
     finally:
         stream.load_state_dict(place)
     return check(model, example.to(next(model.parameters()).device), estimator)

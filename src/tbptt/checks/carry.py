@@ -13,7 +13,7 @@ from tbptt.checks.precision import apart, distance, project
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial, attempt, row
 from tbptt.model import trainable_parameters
-from tbptt.tree import Tree, as_leaves, clone, detach, differentiable, time_slice
+from tbptt.tree import Tree, all_finite, as_leaves, clone, detach, differentiable, time_slice
 
 __all__ = ["detached_training", "gradient_carry", "value_carry"]
 
@@ -23,6 +23,8 @@ def value_carry(trial: Trial) -> CheckItem:
     name = "value carry"
     with trial.mode(train=False), torch.no_grad():
         whole, again = trial.run(trial.window, None)[0], trial.run(trial.window, None)[0]
+        if not all_finite(whole):
+            return CheckItem(name, "fail", "NaN or infinity in one pass", *causes.NOT_FINITE)
         noise = apart(whole, again)
         found = {
             label: attempt(lambda sizes=sizes: apart(time_slice(whole, 0, sum(sizes)), trial.chunks(sizes)))

@@ -15,6 +15,7 @@ __all__ = [
     "DETACHES_INSIDE",
     "KEEPS_MORE",
     "MIXES_LANES",
+    "NOT_FINITE",
     "NO_STATE",
     "RANDOM",
     "STARTS_ELSEWHERE",
@@ -36,6 +37,10 @@ NO_STATE = (
 RANDOM = (
     "its outputs are random even in eval mode: a dropout that is always on, for example",
     "torch.nn.functional.dropout(x, p, self.training)",
+)
+NOT_FINITE = (
+    "its outputs are not finite, before any training: nothing can be compared with them",
+    "look at its initial weights, and at the size of the inputs",
 )
 DETACHES_INSIDE = ("no gradient comes from before the chunk, in one pass neither: it detaches its state inside", _KEEP)
 KEEPS_MORE = (
