@@ -25,6 +25,7 @@ def test_through_the_adapter_they_carry(entry: zoo.Entry) -> None:
 @pytest.mark.parametrize("entry", zoo.TRANSFORMERS, ids=str)
 def test_what_they_do_by_hand_is_known(entry: zoo.Entry) -> None:
     """Fails when a version of transformers does better, so that the adapter can do less."""
+    pytest.importorskip(entry.needs)
     assert carry.table(entry, adapted=False) == entry.by_hand_marks
 
 

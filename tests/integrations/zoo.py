@@ -166,7 +166,7 @@ def _whole_transformer(module: Any, inputs: Tensor) -> Tensor:
 def transformer_entry(kind: str, name: str | None = None, by_hand: str = "", marks: str = "", **changes: Any) -> Entry:
     return Entry(
         name=name or kind,
-        needs="transformers",
+        needs="xlstm" if kind == "xLSTM" else "transformers",  # its fallback without xlstm has marks of its own
         build=lambda: transformer(kind, **changes),
         inputs=floats((SIZES | CONFIGURATIONS[kind])["hidden_size"]),
         by_hand=_call_transformer,
