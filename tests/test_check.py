@@ -156,6 +156,15 @@ class NotFinite(Base):
         return outputs / 0, state
 
 
+class KeepsMoreInside(Base):
+    """It returns a state, and goes on from something else as well."""
+
+    def forward(self, inputs, state=None):
+        outputs, state = self.core(inputs + getattr(self, "last", 0.0), state)
+        self.last = inputs[-1]
+        return outputs, state
+
+
 class KeepsItInside(Base):
     def forward(self, inputs, state=None):
         outputs, self.kept = self.core(inputs, getattr(self, "kept", None))
@@ -218,6 +227,7 @@ def test_right_models_pass(model: nn.Module) -> None:
         (OverwritesWithinACall(), "gradient carry", "writes in place, over what the backward pass needs"),
         (OverwritesWithinACall(), "detached training", "writes in place, over what the backward pass needs"),
         (NotFinite(), "value carry", "its outputs are not finite"),
+        (KeepsMoreInside(), "value carry", "it keeps something inside"),
         (KeepsItInside(), "state", "returns no state"),
         (MixesLanes(), "lane independence", "mixes lanes"),
         (MixesInTraining(), "lane independence", "mixes lanes"),

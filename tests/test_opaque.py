@@ -120,7 +120,7 @@ def _nothing_ran() -> Any:
 
 def with_method() -> Any:
     made = Plain()
-    made.update = Plain().__init__  # type: ignore[attr-defined]
+    made.update = Plain().__init__
     return made
 
 
@@ -193,7 +193,7 @@ def test_an_object_is_taken_apart_and_built_without_running_its_code() -> None:
 def test_slots_that_were_never_set_stay_so() -> None:
     assert parts(Slotted()) == {}
     with pytest.raises(AttributeError):
-        Slotted.kept.__get__(tree.copy(Slotted()))  # type: ignore[attr-defined]
+        Slotted.kept.__get__(tree.copy(Slotted()))
     full = Slotted()
     full.kept = torch.ones(1)
     assert torch.equal(tree.copy(full).kept, full.kept)
@@ -201,15 +201,15 @@ def test_slots_that_were_never_set_stay_so() -> None:
 
 def test_typed_classes_come_back() -> None:
     typed = Typed[int]()
-    typed.h = torch.ones(2)  # type: ignore[attr-defined]
+    typed.h = torch.ones(2)
     assert torch.equal(tree.copy(typed).h, typed.h)
 
 
 @pytest.mark.parametrize("use", [tree.detach, tree.tensors, tree.copy, lambda value: encode(value, "state", {})])
 def test_what_leads_back_to_itself_is_refused(use: Any) -> None:
     loop, items, mapping = Plain(), [], {}
-    loop.child = Plain()  # type: ignore[attr-defined]
-    loop.child.parent = loop  # type: ignore[attr-defined]
+    loop.child = Plain()
+    loop.child.parent = loop
     items.append(items)
     mapping["me"] = (mapping,)
     for value in (loop, items, mapping):
@@ -219,7 +219,7 @@ def test_what_leads_back_to_itself_is_refused(use: Any) -> None:
 
 def test_one_object_in_two_places_is_no_loop() -> None:
     shared = Plain()
-    shared.h = torch.zeros(2)  # type: ignore[attr-defined]
+    shared.h = torch.zeros(2)
     assert tree.num_bytes([shared, {"again": shared}]) == 16
 
 
@@ -301,7 +301,7 @@ def test_constants_are_torchs_own() -> None:
 def test_reading_imports_nothing_even_where_a_module_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some packages import what they are asked for by name."""
     lazy = types.ModuleType("lazy")
-    lazy.__getattr__ = lambda name: ran.append(name) or Plain  # type: ignore[method-assign]
+    lazy.__getattr__ = lambda name: ran.append(name) or Plain
     monkeypatch.setitem(sys.modules, "lazy", lazy)
     assert lazy.Anything is Plain
     assert ran == ["Anything"]  # the control

@@ -104,13 +104,11 @@ def split_result(model: object, result: Any) -> tuple[Tree, Tree]:
         return result  # pyright: ignore[reportUnknownVariableType]
     name = type(model).__name__
     came = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"one {type(result).__name__}"  # pyright: ignore[reportUnknownArgumentType]
-    fix = "def forward(self, inputs, state=None): ...; return outputs, state; or tbptt.stateful(model, ...)"
-    if type(model).__module__.startswith("transformers."):
-        fix = "tbptt.integrations.transformers.recurrent(model)"
     raise CapabilityError(
         f"{name}(inputs, state) was expected to return (outputs, state), but returned {came}: "
         "without its state there is nothing to carry from window to window",
-        fix=fix,
+        fix="def forward(self, inputs, state=None): ...; return outputs, state; or tbptt.stateful(model, ...); "
+        "tbptt.integrations has ready-made adapters, as for transformers",
     )
 
 

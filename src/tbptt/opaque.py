@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 
-__all__ = ["CONSTANTS", "class_name", "find_class", "is_container", "parts", "rebuild"]
+__all__ = ["CONSTANTS", "class_name", "find_class", "is_container", "parts", "rebuild", "refuse"]
 
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, range, slice, type(None), type, Enum),

@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tbptt.checkpoint import Checkpoints, Loaded
 from tbptt.checks import check_on_stream
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
-from tbptt.estimators.base import Carry, Estimate, Estimator
+from tbptt.estimators.base import Carry, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.guards.base import Guard
+from tbptt.guards.base import Guard, guarded
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.interrupts import Interrupts
 from tbptt.loss import Loss, StepLoss
@@ -240,7 +240,7 @@ class Trainer:
     def _update(self, window: Window) -> None:
         self.optimizer.zero_grad()  # the last gradients make room for the next
         raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window.to(self.device))
-        estimate = self._guard(raw)
+        estimate = guarded(raw, self.guards)
         applied = estimate is not None and estimate.num_injected > 0
         rate = float(self.optimizer.param_groups[0]["lr"])
         if estimate is not None and applied:
@@ -264,14 +264,6 @@ class Trainer:
         )
         for monitor in self.monitors:
             monitor.update(update)
-
-    def _guard(self, estimate: Estimate) -> Estimate | None:
-        for guard in self.guards:
-            guarded = guard(estimate)
-            if guarded is None:
-                return None
-            estimate = guarded
-        return estimate
 
     def _validate(self, held_out: HeldOut) -> None:
         metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics)

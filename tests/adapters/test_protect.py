@@ -157,7 +157,7 @@ class KeptInside(Gated):
 
 class KeptInsideInPlace(KeptInside):
     def forward(self, inputs: Tensor) -> Tensor:
-        return GatedInPlace.forward(self, inputs, self.room[:, :H])[0]  # type: ignore[arg-type]
+        return GatedInPlace.forward(self, inputs, self.room[:, :H])[0]
 
 
 Make = Callable[..., nn.Module]
@@ -177,7 +177,7 @@ def pair(name: str, in_place: str = "auto") -> tuple[Any, Any]:
     first, second = writes().double(), twin().double()
     second.load_state_dict(first.state_dict())
     return (
-        tbptt.stateful(first, in_place=in_place, **arguments),  # type: ignore[arg-type]
+        tbptt.stateful(first, in_place=in_place, **arguments),
         tbptt.stateful(second, in_place="leave", **arguments),
     )
 
@@ -455,7 +455,7 @@ class Token(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -526,7 +526,7 @@ def test_a_cycle_would_be_seen() -> None:
     model = tbptt.stateful(Watched(), in_place="protect")
     outputs = model(torch.randn(T, B, D, requires_grad=True))[0]
     loop = [outputs]
-    loop.append(loop)  # type: ignore[arg-type]
+    loop.append(loop)
     del outputs, loop
     assert Token.born[-1]() is not None
     gc.collect()

@@ -226,7 +226,7 @@ class Spiking(Held):
 
 
 def begin(module: nn.Module) -> None:
-    module.begin()  # type: ignore[operator]
+    module.begin()
 
 
 def half(lanes: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbptt.adapters import Stateful
 from tbptt.checks.precision import apart
 from tbptt.checks.trial import Trial
 from tbptt.tree import Tree, copy, differentiable, leaf_names, replace_tensors, tensors, time_slice, tree_map
@@ -119,8 +118,7 @@ def of_values(trial: Trial, found: dict[str, float | str], wrong: list[str]) -> 
         return cause, "tbptt.stateful(model, max_steps=1): in single steps it is right"
     if wrong == ["steps"]:
         return cause, "windows of two steps or more, in which it is right"
-    inner = "; see its documentation for how it passes its state" if isinstance(trial.model, Stateful) else ""
-    return cause, "outputs, state = self.core(inputs, state)" + inner
+    return cause, "outputs, state = self.core(inputs, state)"
 
 
 def _listed(dropped: list[str], names: list[str]) -> str:
@@ -136,9 +134,9 @@ def _without_lanes(trial: Trial, steps: int) -> str:
     try:
         _, state = trial.run(trial.window[:steps], None)
         _, other = trial.run(Window(fewer), None)
-    except Exception:  # it takes one number of lanes only
+        pairs = list(zip(leaf_names(state), tensors(state), tensors(other), strict=True))
+    except Exception:  # it takes one number of lanes only, or has a tensor for each
         return ""
-    pairs = zip(leaf_names(state), tensors(state), tensors(other), strict=True)
     same = [f"{name} {tuple(a.shape)}" for name, a, b in pairs if a.is_floating_point() and a.shape == b.shape]
     return same[0] if same else ""
 

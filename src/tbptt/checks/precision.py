@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbptt.errors import ShapeError
+from tbptt.model import left_as_it_was
 from tbptt.tree import Tree, differentiable, leaves, tensors, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -47,7 +48,7 @@ class _Watch(TorchDispatchMode):
 
 def computes_narrower(model: nn.Module, inputs: Tree) -> bool:
     """Tell whether a model in double precision computes some of its parts in a narrower one."""
-    with torch.no_grad(), _Watch() as watch:
+    with torch.no_grad(), left_as_it_was(model), _Watch() as watch:
         unroll(model, Window(inputs), None, None)
     return watch.narrow
 

@@ -6,7 +6,7 @@ Letters: T time, B lanes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -133,7 +133,7 @@ def attempt(measure: Callable[[], float]) -> float | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def row(values: dict[str, float | str]) -> str:
+def row(values: Mapping[str, float | str]) -> str:
     """Return what was measured on one line."""
     shown = [
         f"{label} {value:.0e}" if isinstance(value, float) else f"{label} refused" for label, value in values.items()

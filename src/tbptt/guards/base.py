@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 from tbptt.estimators.base import Estimate
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "guarded"]
 
 
 class Guard(ABC):
@@ -24,3 +25,13 @@ class Guard(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         del state  # nothing is remembered
+
+
+def guarded(estimate: Estimate, guards: Iterable[Guard]) -> Estimate | None:
+    """Return what the guards, one after the other, let pass; None as soon as one refuses it."""
+    for guard in guards:
+        passed = guard(estimate)
+        if passed is None:
+            return None
+        estimate = passed
+    return estimate

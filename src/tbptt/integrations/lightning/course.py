@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tbptt.checks import check_on_stream
 from tbptt.codec import decode, encode
 from tbptt.errors import CheckpointError, ConfigError, EndOfStream, StreamError
-from tbptt.estimators.base import Carry, Estimate, Estimator
+from tbptt.estimators.base import Carry, Estimator
 from tbptt.guards.base import Guard
 from tbptt.integrations.lightning.ranks import any_rank
 from tbptt.loss import Loss, StepLoss
@@ -110,15 +110,6 @@ class Course:
             self.place, self.ahead = self.stream.state_dict(), None
             return True
         return False
-
-    def guard(self, estimate: Estimate) -> Estimate | None:
-        """Return what the guards let pass, or None."""
-        for guard in self.guards:
-            guarded = guard(estimate)
-            if guarded is None:
-                return None
-            estimate = guarded
-        return estimate
 
     def about(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""

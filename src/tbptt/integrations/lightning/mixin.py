@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.guards.base import Guard
+from tbptt.guards.base import Guard, guarded
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.integrations.lightning.course import Course, StreamOfRank
 from tbptt.integrations.lightning.ranks import over_ranks
@@ -214,7 +214,7 @@ class TBPTTMixin(LightningModule):
         optimizer.zero_grad()  # the last gradients make room for the next
         own, carry = course.estimator.estimate(self, course.step_loss, course.carry, window)
         raw = over_ranks(own, self.trainer)
-        estimate = course.guard(raw)
+        estimate = guarded(raw, course.guards)
         if estimate is not None and estimate.num_injected:
             estimate.apply(self)
             optimizer.step()
