@@ -21,8 +21,8 @@ ROOT = Path(tbptt.__file__).parent
 LAYERS = [
     {"errors"},
     {"opaque"},
-    {"tree", "codec", "randomness", "interrupts"},
-    {"window", "model", "data"},
+    {"tree", "codec", "randomness", "interrupts", "curve"},
+    {"window", "model", "length", "data"},
     {"loss", "adapters"},
     {"unroll"},
     {"streams", "estimators", "models"},

@@ -6,6 +6,7 @@ from tbptt.errors import TbpttError
 from tbptt.estimators import TBPTT, Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
 from tbptt.guards import ClipNorm, ClipValue, Guard, NonFinite
+from tbptt.length import Adaptive, Choice, Length, Ramp, RandomLength, scaled_rate
 from tbptt.loss import Loss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
@@ -19,20 +20,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TBPTT",
+    "Adaptive",
     "ArrayStream",
     "Carry",
     "CheckReport",
+    "Choice",
     "ClipNorm",
     "ClipValue",
     "Estimate",
     "Estimator",
     "Guard",
     "HeldOut",
+    "Length",
     "Loss",
     "MetricsFile",
     "Monitor",
     "NonFinite",
     "Progress",
+    "Ramp",
+    "RandomLength",
     "Saving",
     "SequenceModel",
     "Stateful",
@@ -46,6 +52,7 @@ __all__ = [
     "Window",
     "check",
     "evaluate",
+    "scaled_rate",
     "scan",
     "stateful",
 ]

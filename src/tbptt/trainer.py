@@ -22,6 +22,7 @@ from tbptt.evaluate import evaluate
 from tbptt.guards.base import Guard, guarded
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.interrupts import Interrupts
+from tbptt.length import scaled_rate
 from tbptt.loss import Loss, StepLoss
 from tbptt.metrics import Metric
 from tbptt.monitors.base import Monitor, Plan, Update, Validation
@@ -213,8 +214,9 @@ class Trainer:
             else:
                 self._restore(loaded)
             if self.checked:
-                steps = self.estimator.next_steps(self.carry)
-                check_on_stream(self.model, self.stream, self.estimator, steps).raise_if_failed()
+                estimator = self.estimator.fixed(self.carry)
+                steps = estimator.next_steps(self.carry)
+                check_on_stream(self.model, self.stream, estimator, steps).raise_if_failed()
             self._begun = True
         for monitor in self.monitors:
             monitor.begin(replace(plan, update=self.updates))
@@ -242,10 +244,11 @@ class Trainer:
         raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window.to(self.device))
         estimate = guarded(raw, self.guards)
         applied = estimate is not None and estimate.num_injected > 0
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = float(self.optimizer.param_groups[0]["lr"]) * raw.rate_factor
         if estimate is not None and applied:
             estimate.apply(self.model)
-            self.optimizer.step()
+            with scaled_rate(self.optimizer, estimate.rate_factor):
+                self.optimizer.step()
             if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()
         if estimate is not None or all_finite(carry.state):

@@ -6,7 +6,7 @@ Letters: B lanes, K boundaries crossed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,6 +36,8 @@ class Estimate:
             first. Shape (K,).
         num_injected: the number of losses injected; with none there is nothing to learn from this window.
         metrics: whatever else the estimator or a guard has measured.
+        rate_factor: what the learning rate of this one update is to be multiplied by; see `tbptt.scaled_rate`. 1 but
+            for lengths that change and say so.
     """
 
     outputs: Tree | None
@@ -47,6 +49,7 @@ class Estimate:
     boundary_norms: Tensor
     num_injected: int
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    rate_factor: float = 1.0
 
     def apply(self, model: nn.Module) -> None:
         """Write the gradients to the parameters' `.grad`, replacing whatever stood there.
@@ -64,17 +67,7 @@ class Estimate:
 
     def with_gradients(self, gradients: dict[str, Tensor], **metrics: float) -> Estimate:
         """Return the estimate with other gradients and more metrics, as a guard does."""
-        return Estimate(
-            self.outputs,
-            self.loss,
-            self.loss_sum,
-            self.num_terms,
-            gradients,
-            self.lookback,
-            self.boundary_norms,
-            self.num_injected,
-            self.metrics | metrics,
-        )
+        return replace(self, gradients=gradients, metrics=self.metrics | metrics)
 
 
 class Carry(Protocol):
@@ -121,6 +114,11 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, model: nn.Module, loss: Loss, carry: Any, window: Window) -> tuple[Estimate, Carry]:
         """Run the model over `window` and estimate the gradient of its losses."""
+
+    def fixed(self, carry: Any) -> Estimator:
+        """Return the estimator with the lengths that it has now, for good; itself where none changes."""
+        del carry  # nothing changes, unless an estimator says otherwise
+        return self
 
     @abstractmethod
     def reach(self, steps: int) -> tuple[int, ...]:

@@ -10,20 +10,18 @@ Letters: T time, B lanes, K boundaries, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tbptt.model import fork_random, with_parameters
-from tbptt.tree import LaneDims, Tree, as_leaves, detach, differentiable
+from tbptt.tree import LaneDims, Tree, as_leaves, differentiable
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Pulled", "RetainedSegment", "Segment", "pull_back"]
+__all__ = ["Pulled", "Segment", "Step", "pull_back", "walk_back"]
 
 Gradients: TypeAlias = list[Tensor | None]
 """One for each tensor asked about; None where nothing arrived, which is a zero."""
@@ -88,7 +86,7 @@ class Segment:
                 roots.append(leaf)
                 seeds.append(gradient)
         before = differentiable(self.start) if start else []
-        if not roots:
+        if not roots or not (parameters or before):
             return [None] * len(parameters), [None] * len(before)
         found = torch.autograd.grad(roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True)
         return list(found[: len(parameters)]), list(found[len(parameters) :])
@@ -102,27 +100,58 @@ class Pulled:
     boundary_norms: list[Tensor]
 
 
-def pull_back(
-    chain: Sequence[Segment], parameters: Sequence[Sequence[Tensor]], weight: Tensor, *, keep: bool = False
-) -> Pulled:
-    """Send the gradient of the chain's losses back through it, from the newest segment to the oldest.
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one segment gave, on the way back through a chain.
+
+    Args:
+        index: the segment's place in the chain.
+        gradients: of the tensors it was asked about.
+        cotangent: gradient of each differentiable tensor of its start state, from all losses after it.
+    """
+
+    index: int
+    gradients: Gradients
+    cotangent: Gradients
+
+
+def walk_back(
+    chain: Sequence[Segment],
+    parameters: Sequence[Sequence[Tensor]],
+    weight: Tensor,
+    *,
+    keep: bool = False,
+    to_start: bool = False,
+) -> Iterator[Step]:
+    """Send the gradient of the chain's losses back through it, segment by segment, newest first.
 
     Args:
         chain: consecutive segments, oldest first.
-        parameters: for each segment, the tensors that its graph was built with.
+        parameters: for each segment, the tensors that are asked about, in its graph.
         weight: what each injected loss sum is multiplied by, 0-dim.
         keep: whether the graphs will be used again.
+        to_start: whether to go on to the start state of the oldest segment, too, if that was tracked.
 
     Cost: one backward pass through each segment.
     """
-    total: Gradients = [None] * len(parameters[-1])
-    norms: list[Tensor] = []
     cotangent: Gradients = []
     for index in reversed(range(len(chain))):
-        found, cotangent = chain[index].vjp(parameters[index], weight, cotangent, start=index > 0, keep=keep)
-        total = add(total, found)
-        if index > 0:
-            norms.append(_norm(cotangent, weight))
+        segment = chain[index]
+        start = index > 0 or (to_start and segment.start is not None)
+        found, cotangent = segment.vjp(parameters[index], weight, cotangent, start=start, keep=keep)
+        yield Step(index, found, cotangent)
+
+
+def pull_back(
+    chain: Sequence[Segment], parameters: Sequence[Sequence[Tensor]], weight: Tensor, *, keep: bool = False
+) -> Pulled:
+    """Return the gradient of the chain's losses with respect to the parameters; see `walk_back`."""
+    total: Gradients = [None] * len(parameters[-1])
+    norms: list[Tensor] = []
+    for step in walk_back(chain, parameters, weight, keep=keep):
+        total = add(total, step.gradients)
+        if step.index > 0:
+            norms.append(_norm(step.cotangent, weight))
     return Pulled(total, norms)
 
 
@@ -160,93 +189,3 @@ def _norm(cotangent: Gradients, like: Tensor) -> Tensor:
         return torch.zeros_like(like)
     norms = [torch.linalg.vector_norm(gradient) for gradient in arrived]
     return (norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))).to(like.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class RetainedSegment:
-    """A segment that outlives the update: it remembers the weights it was run with.
-
-    Its graph is built on copies of the weights, so that an optimizer may change the originals in place. It
-    can also be rebuilt, from its steps, its start state, those copies and the state of the random generator:
-    to be cut at a place not foreseen, or after a restart.
-
-    Args:
-        window: its steps, without targets.
-        begin: the state before them, detached; None for the model's initial state.
-        weights: the copies of the parameters, by name, that require a gradient.
-        random: the states of the random generators before the first step.
-        live: its graph, if it is built.
-    """
-
-    window: Window
-    begin: Tree | None
-    weights: dict[str, Tensor]
-    random: list[Tensor]
-    live: Segment | None = None
-
-    @property
-    def steps(self) -> int:
-        """The number of steps, T."""
-        return self.window.steps
-
-    @staticmethod
-    def run(
-        model: nn.Module, window: Window, begin: Tree | None, weights: dict[str, Tensor], dims: LaneDims | None
-    ) -> RetainedSegment:
-        """Run `model` with `weights` over `window` from `begin`."""
-        random = _random_states(window.mask.device)
-        live = with_parameters(model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None))
-        return RetainedSegment(window.without_targets(), begin, weights, random, live)
-
-    def built(self, model: nn.Module, dims: LaneDims | None) -> RetainedSegment:
-        """Return the segment with its graph, run again if it is not there."""
-        if self.live is not None:
-            return self
-        with _random_from(self.random, self.window.mask.device):
-            return RetainedSegment.run(model, self.window, self.begin, self.weights, dims)
-
-    def split(self, model: nn.Module, step: int, dims: LaneDims | None) -> tuple[RetainedSegment, RetainedSegment]:
-        """Return the segment as two, cut before `step`; both are run again."""
-        with _random_from(self.random, self.window.mask.device):
-            old = RetainedSegment.run(model, self.window[:step], self.begin, self.weights, dims)
-            assert old.live is not None
-            new = RetainedSegment.run(model, self.window[step:], detach(old.live.end), self.weights, dims)
-        return old, new
-
-    def past(self) -> RetainedSegment:
-        """Return the segment as later updates see it: its losses have been injected, once."""
-        return replace(self, live=None if self.live is None else replace(self.live, outputs=None, loss=None))
-
-    def asleep(self) -> RetainedSegment:
-        """Return the segment without its graph, to be built again if it is needed."""
-        return replace(self, live=None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all but the graph."""
-        return {
-            "window": self.window.state_dict(),
-            "begin": self.begin,
-            "weights": {name: value.detach() for name, value in self.weights.items()},
-            "random": self.random,
-        }
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> RetainedSegment:
-        """Return what `state_dict` described, asleep."""
-        weights = {name: value.detach().clone().requires_grad_() for name, value in state["weights"].items()}
-        return RetainedSegment(Window(**state["window"]), state["begin"], weights, state["random"])
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-@contextmanager
-def _random_from(states: list[Tensor], device: torch.device) -> Generator[None]:
-    """Draw the random numbers that were drawn then, and leave the generators as they are now."""
-    with fork_random(device):
-        torch.set_rng_state(states[0].cpu())
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state.cpu(), device)
-        yield

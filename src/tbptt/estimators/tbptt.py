@@ -16,40 +16,20 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.segments import Pulled, RetainedSegment, Segment, add, own, pull_back
+from tbptt.estimators.history import History, Stretch
+from tbptt.estimators.lengths import Lengths, States, states_from
+from tbptt.estimators.retained import RetainedSegment, kept_for, newest
+from tbptt.estimators.segments import Pulled, Segment, add, own, pull_back
+from tbptt.length import Length, LengthState
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, find_lane_dims, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, differentiable, time_cat
+from tbptt.tree import LaneDims, Tree, detach, time_cat
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
 __all__ = ["TBPTT", "TBPTTCarry"]
 
 _NONE_CROSSED = torch.zeros(0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Past:
-    """The steps before the window that the next look-back may need (replay="recompute").
-
-    Args:
-        window: those steps, without targets.
-        state: the state before the first of them; None for the model's initial state.
-        mark: the step of `window` at which the next look-back will start, if the next window is a full one.
-        marked: the state before that step.
-    """
-
-    window: Window
-    state: Tree | None
-    mark: int
-    marked: Tree | None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"window": self.window.state_dict(), "state": self.state, "mark": self.mark, "marked": self.marked}
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> _Past:
-        return _Past(Window(**state["window"]), state["state"], state["mark"], state["marked"])
 
 
 @dataclass(eq=False)
@@ -60,15 +40,17 @@ class TBPTTCarry:
         lanes: the number of sequences side by side.
         state: the model's state after the last window, detached; None before the first.
         dims: the lane dimension of each tensor of the state, once it has been found out.
-        past: the steps that the next look-back may re-run; None where nothing is re-run.
+        past: the steps that the next look-back or probe may re-run.
         retained: the segments whose graphs the next look-back may use, oldest first.
+        lengths: how far the policies of k1 and k2 have come.
     """
 
     lanes: int
     state: Tree | None = None
     dims: LaneDims | None = None
-    past: _Past | None = None
+    past: History = field(default_factory=History)
     retained: tuple[RetainedSegment, ...] = ()
+    lengths: States = field(default_factory=dict[str, LengthState])
     looked: bool = field(default=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,8 +60,9 @@ class TBPTTCarry:
             "state": self.state,
             "dims": self.dims,
             "looked": self.looked,
-            "past": None if self.past is None else self.past.state_dict(),
+            "past": [stretch.state_dict() for stretch in self.past.stretches],
             "retained": [segment.state_dict() for segment in self.retained],
+            "lengths": {name: each.state_dict() for name, each in self.lengths.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,7 +79,8 @@ class TBPTTCarry:
             )
         self.state, self.looked = state["state"], state["looked"]
         self.dims = None if state["dims"] is None else tuple(state["dims"])
-        self.past = None if state["past"] is None else _Past.from_state_dict(state["past"])
+        self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
+        self.lengths = states_from(state["lengths"])
         self.retained = tuple(RetainedSegment.from_state_dict(each) for each in state["retained"])
 
 
@@ -110,19 +94,22 @@ class TBPTT(Estimator):
     k2 = 2 k1 gives every loss at least k1 steps of look-back.
 
     Args:
-        k1: steps run forward between updates (Williams & Peng's h'), at least 1.
-        k2: look-back: the gradient of a loss reaches at most k2 steps back, its own included (their h).
+        k1: steps run forward between updates (Williams & Peng's h'), at least 1; or a `Length` that changes.
+        k2: look-back: the gradient of a loss reaches at most k2 steps back, its own included (their h); or a
+            `Length` that changes. With `Adaptive` it is the length that every loss is to reach at least: the
+            look-back is k1 - 1 steps longer.
         losses: for k2 < k1, what becomes of the first k1 - k2 losses. "tail": they are reported, not
             learned from, and their steps run without a graph. "all": the window is cut into pieces of k2
             steps whose gradients add up to one update. For k2 >= k1 all losses are injected either way.
         replay: for k2 > k1, what becomes of the steps before the window. "recompute": they are run again,
             with today's weights, from the state k2 steps back, and the state carried on is the re-run one.
             "retain": their graphs are kept, with the weights that they were run with; a short window may need
-            a graph cut where it was not, and then runs those steps once more.
+            a graph cut where it was not, and then runs those steps once more. Not with lengths that change.
         keep_outputs: whether estimates hold the window's outputs.
 
     Raises:
-        ConfigError: a length that is not a whole number of at least 1, or an unknown choice.
+        ConfigError: a length that is neither a whole number from 1 nor a `Length`, an unknown choice, or
+            choices that do not go together.
 
     Exactness: biased, by the gradient that lies more than k2 steps back; exact as the gradient of the same
         losses with the states at the boundaries frozen (tests/estimators/test_gradients.py).
@@ -136,8 +123,8 @@ class TBPTT(Estimator):
         (3, 4, 5, 6)
     """
 
-    k1: int
-    k2: int
+    k1: int | Length
+    k2: int | Length
     losses: Literal["tail", "all"] = "tail"
     replay: Literal["recompute", "retain"] = "recompute"
     keep_outputs: bool = False
@@ -147,10 +134,12 @@ class TBPTT(Estimator):
     def __post_init__(self) -> None:
         for name in ("k1", "k2"):
             value: object = getattr(self, name)
+            if isinstance(value, Length):
+                continue
             if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
                 raise ConfigError(
-                    f"{name} was expected to be a whole number of steps, at least 1, but is {value!r}",
-                    fix="TBPTT(k1=64, k2=64)",
+                    f"{name} was expected to be a whole number of steps, at least 1, or a Length, but is {value!r}",
+                    fix="TBPTT(k1=64, k2=64), or TBPTT(k1=64, k2=Adaptive(tolerance=0.1))",
                 )
             object.__setattr__(self, name, int(value))  # numpy's whole numbers become Python's
         for name, choices in (("losses", ("tail", "all")), ("replay", ("recompute", "retain"))):
@@ -159,25 +148,44 @@ class TBPTT(Estimator):
                     f'{name} was expected to be "{choices[0]}" or "{choices[1]}", but is {getattr(self, name)!r}',
                     fix=f'TBPTT({self.k1}, {self.k2}, {name}="{choices[0]}")',
                 )
+        if self.lengths.vary and self.replay == "retain":
+            raise ConfigError(
+                'replay="retain" was expected with a k1 and a k2 that stay, but one of them changes: the weights of '
+                "then would have to be kept for each window of the longest look-back there may be",
+                fix='replay="recompute"',
+            )
+
+    @property
+    def lengths(self) -> Lengths:
+        """The two lengths, with what they have in common."""
+        return Lengths(self.k1, self.k2)
 
     def next_steps(self, carry: TBPTTCarry) -> int:
-        """Return k1."""
-        del carry  # the length does not depend on what has been seen
-        return self.k1
+        """Return k1, as long as it is now."""
+        return self.lengths.now(carry.lengths)[0]
+
+    def fixed(self, carry: TBPTTCarry) -> TBPTT:
+        """Return the estimator with the lengths that it has now, for good."""
+        k1, k2 = self.lengths.now(carry.lengths)
+        return replace(self, k1=k1, k2=k2)
 
     def init(self, model: nn.Module, lanes: int) -> TBPTTCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return TBPTTCarry(lanes)
+        return TBPTTCarry(lanes, lengths=self.lengths.start())
 
     def reach(self, steps: int) -> tuple[int, ...]:
-        """Return how far each loss of a window of `steps` steps reaches; see `Estimator.reach`."""
-        if self.k2 >= steps:
-            oldest = self.k2 if self.k2 > self.k1 else steps
+        """Return how far each loss of a window of `steps` steps reaches; see `Estimator.reach`.
+
+        Where the lengths change: with those of the first update.
+        """
+        k1, k2 = self.lengths.now(self.lengths.start())
+        if k2 >= steps:
+            oldest = k2 if k2 > k1 else steps
             return tuple(oldest - (steps - 1 - step) for step in range(steps))
         if self.losses == "all":
-            return tuple(step % self.k2 + 1 for step in range(steps))
-        return tuple(max(0, step + 1 - (steps - self.k2)) for step in range(steps))
+            return tuple(step % k2 + 1 for step in range(steps))
+        return tuple(max(0, step + 1 - (steps - k2)) for step in range(steps))
 
     def estimate(self, model: nn.Module, loss: Loss, carry: TBPTTCarry, window: Window) -> tuple[Estimate, TBPTTCarry]:
         """Run the model over `window` and estimate the gradient of its losses.
@@ -187,20 +195,34 @@ class TBPTT(Estimator):
                 or a model or loss of another shape than agreed.
             CapabilityError: a model that does not return (outputs, state).
         """
-        self._check(carry, window)
+        lengths = self.lengths
+        k1, k2 = lengths.now(carry.lengths)
+        self._check(carry, window, k1)
         if not carry.looked:
             carry = replace(carry, dims=find_lane_dims(model, window.inputs), looked=True)
-        run = _Run(self, model, StepLoss.of(loss), carry, window)
-        if self.k2 <= self.k1:
-            return run.within()
-        return run.recompute() if self.replay == "recompute" else run.retain()
+        run = _Run(self, k1, k2, model, StepLoss.of(loss), carry, window)
+        if k2 <= k1:
+            estimate, after = run.within()
+        else:
+            estimate, after = run.recompute() if self.replay == "recompute" else run.retain()
+        if not lengths.vary:
+            return estimate, after
+        states, measured = lengths.after(
+            carry.lengths, model, run.loss, carry.past, window, carry.dims, estimate.lookback
+        )
+        measured = {"k1": float(k1), "k2": float(k2), **measured}
+        estimate = replace(
+            estimate, rate_factor=lengths.rate_factor(carry.lengths), metrics=estimate.metrics | measured
+        )
+        return estimate, replace(after, lengths=states)
 
-    def _check(self, carry: TBPTTCarry, window: Window) -> None:
-        if window.steps > self.k1:
+    def _check(self, carry: TBPTTCarry, window: Window, k1: int) -> None:
+        if window.steps > k1:
+            fix = f"stream.windows({k1}), or TBPTT(k1={window.steps}, k2={self.k2})"
             raise ShapeError(
-                f"a window of at most k1 = {self.k1} steps was expected, but {window.steps} came: "
+                f"a window of at most k1 = {k1} steps was expected, but {window.steps} came: "
                 "there would be fewer updates than k1 says",
-                fix=f"stream.windows({self.k1}), or TBPTT(k1={window.steps}, k2={self.k2})",
+                fix="stream.read(estimator.next_steps(carry))" if self.lengths.vary else fix,
             )
         if window.lanes != carry.lanes:
             raise ShapeError(
@@ -213,8 +235,11 @@ class TBPTT(Estimator):
 class _Run:
     """One call of `TBPTT.estimate`: the parts that its three regimes share."""
 
-    def __init__(self, setting: TBPTT, model: nn.Module, loss: StepLoss, carry: TBPTTCarry, window: Window) -> None:
-        self.setting, self.model, self.loss, self.carry, self.window = setting, model, loss, carry, window
+    def __init__(
+        self, setting: TBPTT, k1: int, k2: int, model: nn.Module, loss: StepLoss, carry: TBPTTCarry, window: Window
+    ) -> None:
+        self.setting, self.k1, self.k2, self.model = setting, k1, k2, model
+        self.loss, self.carry, self.window = loss, carry, window
         self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
@@ -235,35 +260,35 @@ class _Run:
             total = pulled if total is None else Pulled(add(total.gradients, pulled.gradients), [])
             state, lookback = detach(segment.end), max(lookback, end - begin)
         assert total is not None
-        return self._estimate(total, injected, lookback), replace(self.carry, state=state)
+        past = self._past([Stretch(self.window.without_targets(), self.carry.state)], 0)
+        return self._estimate(total, injected, lookback), replace(self.carry, state=state, past=past)
 
     def recompute(self) -> tuple[Estimate, TBPTTCarry]:
         """k2 > k1: the steps before the window are run again from the state k2 steps back."""
-        k1, k2, dims = self.setting.k1, self.setting.k2, self.carry.dims
-        past = self.carry.past
-        whole = self.window if past is None else Window.join([past.window, self.window.without_targets()])
-        first = max(0, whole.steps - k2)
-        start = None if past is None else self._state_at(past, first)
-        whole = whole[first:]
-        news = whole.steps - self.window.steps  # the step at which the window begins
+        k1, k2, dims = self.k1, self.k2, self.carry.dims
+        past = self.carry.past.last(self.model, k2 - self.window.steps, dims)
+        news = 0 if past is None else past.window.steps  # the step at which the window begins
+        context = self.window.without_targets()
+        whole = context if past is None else Window.join([past.window, context])
         mark = max(0, whole.steps + k1 - k2)  # where the next look-back begins, if its window is full
-        marked, state = start, start
+        state = self.carry.state if past is None else past.state
         chain: list[Segment] = []
+        stretches: list[Stretch] = []
         for begin, end in pairwise(sorted({0, news, mark, whole.steps})):
+            stretches.append(Stretch(whole[begin:end], state))
             segment = Segment.run(self.model, whole[begin:end], state, dims, track=begin > 0)
             if begin >= news:
                 segment = self._inject(segment, self.window[begin - news : end - news])
             state = detach(segment.end)
-            marked = state if end == mark else marked
             chain.append(segment)
         injected = self.num_terms
         pulled = self._pull(chain, [self.parameters] * len(chain), injected)
-        past = _Past(whole.without_targets(), start, mark, marked)
-        return self._estimate(pulled, injected, whole.steps), replace(self.carry, state=state, past=past)
+        carry = replace(self.carry, state=state, past=self._past(stretches, news))
+        return self._estimate(pulled, injected, whole.steps), carry
 
     def retain(self) -> tuple[Estimate, TBPTTCarry]:
         """k2 > k1: the graphs of the steps before the window are still there."""
-        k1, k2, dims = self.setting.k1, self.setting.k2, self.carry.dims
+        k1, k2, dims = self.k1, self.k2, self.carry.dims
         weights = {
             name: value.detach().clone().requires_grad_()
             for name, value in zip(self.names, self.parameters, strict=True)
@@ -283,18 +308,18 @@ class _Run:
                 "through these there is no gradient for a parameter that was frozen then",
                 fix='TBPTT(k1, k2, replay="recompute"), which runs them again',
             )
-        chain = [*_last(self.model, self.carry, k2 - steps), *news]
+        chain = [*newest(self.model, self.carry.retained, self.carry.state, k2 - steps, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = self.num_terms
         pulled = self._pull(
             live, [[segment.weights[name] for name in self.names] for segment in chain], injected, keep=True
         )
         lookback = sum(segment.steps for segment in chain)
-        carry = replace(self.carry, state=state, retained=_kept(chain, k1, k2))
+        carry = replace(self.carry, state=state, retained=kept_for(chain, k1, k2))
         return self._estimate(pulled, injected, lookback), carry
 
     def _pieces(self) -> list[tuple[int, int, bool]]:
-        steps, k2 = self.window.steps, self.setting.k2
+        steps, k2 = self.window.steps, self.k2
         if steps <= k2:
             return [(0, steps, True)]
         if self.setting.losses == "tail":
@@ -326,12 +351,10 @@ class _Run:
             return Pulled([None] * len(self.names), [])
         return pull_back(chain, parameters, torch.full_like(self.sums[-1], 1 / injected), keep=keep)
 
-    def _state_at(self, past: _Past, step: int) -> Tree | None:
-        """Return the state before `step` of the past: kept, or run anew when the window is a short one."""
-        if step in (0, past.mark):
-            return past.state if step == 0 else past.marked
-        with torch.no_grad():
-            return detach(unroll(self.model, past.window[:step], past.state, self.carry.dims)[1])
+    def _past(self, news: list[Stretch], replaced: int) -> History:
+        """Return what is remembered for the next look-back: these stretches, and older ones if they may be needed."""
+        keep = self.setting.lengths.remembered
+        return self.carry.past.followed_by(news, replaced, keep) if keep else self.carry.past
 
     def _estimate(self, pulled: Pulled, injected: int, lookback: int) -> Estimate:
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
@@ -346,46 +369,3 @@ class _Run:
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
             num_injected=injected,
         )
-
-
-def _last(model: nn.Module, carry: TBPTTCarry, steps: int) -> list[RetainedSegment]:
-    """Return the last `steps` steps of the retained segments, built; one that sticks out is cut.
-
-    A model that draws its random numbers in another order when it is run in two pieces (dropout between the
-    layers of one module) cannot be cut: the piece would not lead to the state that was carried. It is left
-    out then, and the look-back of this one update is shorter.
-    """
-    found: list[RetainedSegment] = []
-    after = carry.state
-    for segment in reversed(carry.retained):
-        if steps <= 0:
-            break
-        if segment.steps > steps:
-            segment = segment.split(model, segment.steps - steps, carry.dims)[1]
-            if not _agree(segment, after):
-                break
-        found.append(segment.built(model, carry.dims))
-        after = segment.begin
-        steps -= segment.steps
-    return found[::-1]
-
-
-def _agree(segment: RetainedSegment, after: Tree) -> bool:
-    assert segment.live is not None
-    pairs = zip(differentiable(segment.live.end), differentiable(after), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
-
-
-def _kept(chain: Sequence[RetainedSegment], k1: int, k2: int) -> tuple[RetainedSegment, ...]:
-    """Return the segments that the next look-back may need.
-
-    A full next window needs the last k2 - k1 steps; a short one needs more, which are kept asleep.
-    """
-    kept: list[RetainedSegment] = []
-    age = 0
-    for segment in reversed(chain):
-        if age >= k2 - 1:
-            break
-        kept.append(segment.past() if age < k2 - k1 else segment.asleep())
-        age += segment.steps
-    return tuple(kept[::-1])

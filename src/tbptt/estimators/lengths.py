@@ -1,0 +1,143 @@
+"""The k1 and k2 of one update, each a number or a policy.
+
+Letters: B lanes, R the longest lag of a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import nn
+
+from tbptt.curve import decay_rate, dense
+from tbptt.errors import ConfigError
+from tbptt.estimators.history import History
+from tbptt.estimators.probe import SPREAD, probe
+from tbptt.length import Adaptive, Length, LengthState
+from tbptt.loss import StepLoss
+from tbptt.tree import LaneDims
+from tbptt.window import Window
+
+__all__ = ["Lengths", "States", "states_from"]
+
+States: TypeAlias = dict[str, LengthState]
+"""How far each policy has come, by the name of its length; nothing for a number."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The k1 and k2 of an estimator.
+
+    An `Adaptive` k2 is what every loss is to reach at least: the look-back is k1 - 1 steps longer.
+
+    Raises:
+        ConfigError: neither a whole number from 1 nor a policy, or two different `Adaptive` ones.
+    """
+
+    k1: int | Length
+    k2: int | Length
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k1, Adaptive) and isinstance(self.k2, Adaptive) and self.k1 != self.k2:
+            raise ConfigError(
+                "one Adaptive was expected for k1 and k2 together, but two different ones came: both would follow the "
+                "same curve, in other ways",
+                fix="adaptive = Adaptive(tolerance=0.1); TBPTT(k1=adaptive, k2=adaptive)",
+            )
+
+    @property
+    def vary(self) -> bool:
+        """Whether one of them is a policy."""
+        return not (isinstance(self.k1, int) and isinstance(self.k2, int))
+
+    @property
+    def policies(self) -> dict[str, Length]:
+        """The policies, by name; one that stands for both lengths once."""
+        found = {name: each for name, each in (("k1", self.k1), ("k2", self.k2)) if isinstance(each, Length)}
+        return {"k1": self.k1} if len(found) == 2 and self.k1 == self.k2 and isinstance(self.k1, Length) else found
+
+    @property
+    def remembered(self) -> int:
+        """How many steps before a window must be known: for the longest look-back, and for probes."""
+        if isinstance(self.k2, int):
+            longest = self.k2
+        else:
+            longest = self.k2.longest + (_longest(self.k1) - 1 if isinstance(self.k2, Adaptive) else 0)
+        least = self.k1 if isinstance(self.k1, int) else self.k1.shortest
+        probed = [each.max + SPREAD for each in self.policies.values() if isinstance(each, Adaptive)]
+        return max([longest if longest > least else 0, *probed])
+
+    def start(self) -> States:
+        """Return the policies' states before the first update."""
+        return {name: policy.start() for name, policy in self.policies.items()}
+
+    def now(self, states: States) -> tuple[int, int]:
+        """Return k1 and k2 of the next update."""
+        k1 = self.k1 if isinstance(self.k1, int) else self.k1.now(states["k1"])
+        k2 = self.k2 if isinstance(self.k2, int) else self.k2.now(states.get("k2") or states["k1"])
+        return k1, k2 + k1 - 1 if isinstance(self.k2, Adaptive) else k2
+
+    def rate_factor(self, states: States) -> float:
+        """Return what the learning rate is multiplied by in the next update."""
+        factor = 1.0
+        for name, policy in self.policies.items():
+            factor *= policy.rate(policy.now(states[name]))
+        return factor
+
+    def after(
+        self,
+        states: States,
+        model: nn.Module,
+        loss: StepLoss,
+        history: History,
+        window: Window,
+        dims: LaneDims | None,
+        lookback: int,
+    ) -> tuple[States, dict[str, float]]:
+        """Return the states after an update, and what was measured; a probe is made where it is due.
+
+        Args:
+            history: the steps before the window.
+            lookback: the steps that were run forward and back.
+        """
+        after: States = {}
+        measured: dict[str, float] = {}
+        for name, policy in self.policies.items():
+            state = policy.after(states[name], lookback)
+            if isinstance(policy, Adaptive) and policy.is_due(state):
+                state, found = self._probed(policy, state, model, loss, history, window, dims)
+                measured |= found
+            after[name] = state
+        return after, measured
+
+    def _probed(
+        self,
+        policy: Adaptive,
+        state: LengthState,
+        model: nn.Module,
+        loss: StepLoss,
+        history: History,
+        window: Window,
+        dims: LaneDims | None,
+    ) -> tuple[LengthState, dict[str, float]]:
+        past = history.last(model, policy.max + SPREAD - window.steps, dims)
+        draws = np.random.default_rng((state.updates, state.probes))
+        seen = probe(model, loss, past, window, dims, policy.lags, draws)
+        if seen is None:  # too early in the stream, or no target: tried again at the next update
+            return state, {}
+        norms = seen.norms.mean(1).tolist()
+        state, kappa = policy.probed(state, norms)
+        rate = decay_rate(dense(policy.lags, state.norms)) if state.norms else float("nan")
+        return state, {"needed_lookback": float(kappa), "decay_rate": rate, "probed_lags": float(policy.max)}
+
+
+def states_from(saved: Mapping[str, Mapping[str, Any]]) -> States:
+    """Return the states that were saved, each by `LengthState.state_dict`."""
+    return {name: LengthState.from_state_dict(each) for name, each in saved.items()}
+
+
+def _longest(length: int | Length) -> int:
+    return length if isinstance(length, int) else length.longest

@@ -1,0 +1,155 @@
+"""Segments whose graphs outlive the update that made them.
+
+Letters: T time, B lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt.estimators.segments import Segment
+from tbptt.model import fork_random, with_parameters
+from tbptt.tree import LaneDims, Tree, detach, differentiable
+from tbptt.window import Window
+
+__all__ = ["RetainedSegment", "kept_for", "newest"]
+
+
+@dataclass(frozen=True, eq=False)
+class RetainedSegment:
+    """A segment that outlives the update: it remembers the weights it was run with.
+
+    Its graph is built on copies of the weights, so that an optimizer may change the originals in place. It
+    can also be rebuilt, from its steps, its start state, those copies and the state of the random generator:
+    to be cut at a place not foreseen, or after a restart.
+
+    Args:
+        window: its steps, without targets.
+        begin: the state before them, detached; None for the model's initial state.
+        weights: the copies of the parameters, by name, that require a gradient.
+        random: the states of the random generators before the first step.
+        live: its graph, if it is built.
+    """
+
+    window: Window
+    begin: Tree | None
+    weights: dict[str, Tensor]
+    random: list[Tensor]
+    live: Segment | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, T."""
+        return self.window.steps
+
+    @staticmethod
+    def run(
+        model: nn.Module, window: Window, begin: Tree | None, weights: dict[str, Tensor], dims: LaneDims | None
+    ) -> RetainedSegment:
+        """Run `model` with `weights` over `window` from `begin`."""
+        random = _random_states(window.mask.device)
+        live = with_parameters(model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None))
+        return RetainedSegment(window.without_targets(), begin, weights, random, live)
+
+    def built(self, model: nn.Module, dims: LaneDims | None) -> RetainedSegment:
+        """Return the segment with its graph, run again if it is not there."""
+        if self.live is not None:
+            return self
+        with _random_from(self.random, self.window.mask.device):
+            return RetainedSegment.run(model, self.window, self.begin, self.weights, dims)
+
+    def split(self, model: nn.Module, step: int, dims: LaneDims | None) -> tuple[RetainedSegment, RetainedSegment]:
+        """Return the segment as two, cut before `step`; both are run again."""
+        with _random_from(self.random, self.window.mask.device):
+            old = RetainedSegment.run(model, self.window[:step], self.begin, self.weights, dims)
+            assert old.live is not None
+            new = RetainedSegment.run(model, self.window[step:], detach(old.live.end), self.weights, dims)
+        return old, new
+
+    def past(self) -> RetainedSegment:
+        """Return the segment as later updates see it: its losses have been injected, once."""
+        return replace(self, live=None if self.live is None else replace(self.live, outputs=None, loss=None))
+
+    def asleep(self) -> RetainedSegment:
+        """Return the segment without its graph, to be built again if it is needed."""
+        return replace(self, live=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the graph."""
+        return {
+            "window": self.window.state_dict(),
+            "begin": self.begin,
+            "weights": {name: value.detach() for name, value in self.weights.items()},
+            "random": self.random,
+        }
+
+    @staticmethod
+    def from_state_dict(state: dict[str, Any]) -> RetainedSegment:
+        """Return what `state_dict` described, asleep."""
+        weights = {name: value.detach().clone().requires_grad_() for name, value in state["weights"].items()}
+        return RetainedSegment(Window(**state["window"]), state["begin"], weights, state["random"])
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@contextmanager
+def _random_from(states: list[Tensor], device: torch.device) -> Generator[None]:
+    """Draw the random numbers that were drawn then, and leave the generators as they are now."""
+    with fork_random(device):
+        torch.set_rng_state(states[0].cpu())
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state.cpu(), device)
+        yield
+
+
+def newest(
+    model: nn.Module, retained: Sequence[RetainedSegment], after: Tree | None, steps: int, dims: LaneDims | None
+) -> list[RetainedSegment]:
+    """Return the last `steps` steps of the retained segments, built; one that sticks out is cut.
+
+    A model that draws its random numbers in another order when it is run in two pieces (dropout between the
+    layers of one module) cannot be cut: the piece would not lead to the state that was carried. It is left
+    out then, and the look-back of this one update is shorter.
+    """
+    found: list[RetainedSegment] = []
+    for segment in reversed(retained):
+        if steps <= 0:
+            break
+        if segment.steps > steps:
+            segment = segment.split(model, segment.steps - steps, dims)[1]
+            if not _agree(segment, after):
+                break
+        found.append(segment.built(model, dims))
+        after = segment.begin
+        steps -= segment.steps
+    return found[::-1]
+
+
+def _agree(segment: RetainedSegment, after: Tree) -> bool:
+    assert segment.live is not None
+    pairs = zip(differentiable(segment.live.end), differentiable(after), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+
+
+def kept_for(chain: Sequence[RetainedSegment], k1: int, k2: int) -> tuple[RetainedSegment, ...]:
+    """Return the segments that the next look-back may need.
+
+    A full next window needs the last k2 - k1 steps; a short one needs more, which are kept asleep.
+    """
+    kept: list[RetainedSegment] = []
+    age = 0
+    for segment in reversed(chain):
+        if age >= k2 - 1:
+            break
+        kept.append(segment.past() if age < k2 - k1 else segment.asleep())
+        age += segment.steps
+    return tuple(kept[::-1])

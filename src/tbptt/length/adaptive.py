@@ -1,0 +1,166 @@
+"""A length that follows what the gradient needs, measured while the model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import numpy as np
+
+from tbptt.curve import Floats, dense, lag_grid, needed_lookback
+from tbptt.errors import ConfigError
+from tbptt.length.base import Length, LengthState, RateScaling, check_scaling, check_whole, scaled
+
+__all__ = ["Adaptive"]
+
+_PROBED_SHARE = 0.01
+"""Of the steps run forward and back, how many probes may take when `Adaptive.every` is left out; a probe's steps cost
+more, as they are run in many short pieces."""
+_NEWEST_PROBE = 0.25
+"""The weight of the newest probe in the running mean of the curve."""
+_CHANGE = 0.5
+"""The share of the way, in log steps, that a length goes towards what the curve asks for."""
+
+
+@final
+@dataclass(frozen=True)
+class Adaptive(Length):
+    """Measure, while the model trains, how far back the gradient is worth following, and follow it so far.
+
+    Now and then a probe sends the gradient of single losses `max` steps back, and the norms phi_k of the state's
+    gradient by lag go into a running mean. The length wanted is kappa, the shortest whose relative bias is bounded
+    below `tolerance`: see `tbptt.curve.needed_lookback`.
+
+    As k2 it is what every loss is to reach at least, so that k2 = kappa + k1 - 1; as k1 it is kappa itself. Both
+    together, `TBPTT(k1=adaptive, k2=adaptive)`, is the method of the paper, windows of kappa and a look-back of twice
+    that.
+
+    Guards of the method: a floor, `min`; every probe is `max` long whatever the length is, so that a short one cannot
+    confirm itself; a length goes only half of the way (in log steps) at each probe; a curve that does not fall within
+    `max` asks for `max`. A model that has not learned yet to look back has a short curve: choose a `min` that it can
+    start to learn with.
+
+    Not recommended where the state is large and nothing makes its gradient decay: beta is near 1, and the length goes
+    to `max` (section 5.4 of the paper).
+
+    Args:
+        tolerance: of the relative bias, above 0 and below 1. Smaller is longer.
+        min: the floor, steps.
+        max: the longest, steps: of memory, too, are `max + k1 - 1` steps needed.
+        every: updates between two probes; left out: as often as keeps them to one step in a hundred.
+        first: steps at the start; left out: 16, within the bounds.
+        scale_rate: what the learning rate does as the length changes, relative to `first`: "none"; "sqrt", as in the
+            paper; "linear".
+
+    Raises:
+        ConfigError: bounds, a tolerance or a number of updates that cannot be meant.
+
+    Exactness: biased, up to `tolerance` where the curve decays geometrically and no sign cancels; the closed form
+        is in tests/test_length.py.
+    Cost: a probe is a forward and a backward pass over `max` steps, in about 50 pieces, with memory of `max` steps;
+        the inputs of the last `max` steps are kept between.
+    Reference: Aicher, Foti & Fox (2019), "Adaptively truncating backpropagation through time to control gradient
+        bias", arXiv:1905.07473. There one probe an epoch on other sequences, no floor, no damping.
+    """
+
+    tolerance: float = 0.1
+    min: int = 4
+    max: int = 256
+    every: int | None = None
+    first: int | None = None
+    scale_rate: RateScaling = "none"
+
+    def __post_init__(self) -> None:
+        fix = "Adaptive(tolerance=0.1, min=4, max=256)"
+        check_whole(self, "min", fix)
+        check_whole(self, "max", fix)
+        for name in ("every", "first"):
+            if getattr(self, name) is not None:
+                check_whole(self, name, fix)
+        check_scaling(self.scale_rate)
+        if isinstance(self.tolerance, bool) or not 0 < self.tolerance < 1:
+            raise ConfigError(
+                f"a tolerance above 0 and below 1 was expected, the relative bias to allow, but it is "
+                f"{self.tolerance!r}: at 1 the gradient need not even point the right way",
+                fix=fix,
+            )
+        if self.min > self.max:
+            raise ConfigError(f"min <= max was expected, but min is {self.min} and max {self.max}", fix=fix)
+        if self.first is not None and not self.min <= self.first <= self.max:
+            raise ConfigError(
+                f"first was expected from min = {self.min} to max = {self.max}, but is {self.first}",
+                fix=f"first={self.min}",
+            )
+
+    @property
+    def longest(self) -> int:
+        """`max`."""
+        return self.max
+
+    @property
+    def shortest(self) -> int:
+        """`min`."""
+        return self.min
+
+    @property
+    def lags(self) -> tuple[int, ...]:
+        """The lags at which the curve is kept."""
+        return lag_grid(self.max)
+
+    @property
+    def start_length(self) -> int:
+        """The length before the first probe."""
+        return self._within(16) if self.first is None else self.first
+
+    def start(self) -> LengthState:
+        """Return the state before the first update; the first probe is due at once."""
+        return LengthState(length=float(self.start_length), waited=self.every or 0, worked=self._work_between_probes)
+
+    def now(self, state: LengthState) -> int:
+        """Return the length in force."""
+        return self._within(round(state.length))
+
+    def is_due(self, state: LengthState) -> bool:
+        """Tell whether it is time for a probe."""
+        if self.every is not None:
+            return state.waited >= self.every
+        return state.worked >= self._work_between_probes
+
+    @property
+    def _work_between_probes(self) -> int:
+        return round(self.max / _PROBED_SHARE)
+
+    def probed(self, state: LengthState, norms: Sequence[float]) -> tuple[LengthState, int]:
+        """Take in the norms of one probe.
+
+        Args:
+            norms: mean norm of the state's gradient at `lags`.
+
+        Returns:
+            The state with a new length, and kappa, what the running mean of the curve asks for.
+        """
+        new = np.asarray(norms, dtype=np.float64)
+        if not np.isfinite(new).all():  # an update that explodes is for the guards to say; no length follows from it
+            return replace(state, waited=0, worked=0), self.now(state)
+        mean = new if not state.norms else (1 - _NEWEST_PROBE) * np.asarray(state.norms) + _NEWEST_PROBE * new
+        kappa = self.needed(mean)
+        length = math.exp((1 - _CHANGE) * math.log(state.length) + _CHANGE * math.log(kappa))
+        return replace(
+            state, length=length, norms=tuple(mean.tolist()), probes=state.probes + 1, waited=0, worked=0
+        ), kappa
+
+    def needed(self, norms: Floats) -> int:
+        """Return kappa for norms at `lags`, within the bounds; `max` for a curve that does not fall in time."""
+        if not norms.any():  # no gradient arrives at any lag: nothing is cut off
+            return self.min
+        found = needed_lookback(dense(self.lags, norms), self.tolerance)
+        return self.max if found is None else self._within(found)
+
+    def rate(self, length: int) -> float:
+        """Return what the learning rate is multiplied by."""
+        return scaled(length / self.start_length, self.scale_rate)
+
+    def _within(self, length: int) -> int:
+        return min(self.max, max(self.min, length))
