@@ -21,7 +21,7 @@ ROOT = Path(tbptt.__file__).parent
 LAYERS = [
     {"errors"},
     {"opaque"},
-    {"tree", "codec", "randomness", "interrupts", "curve"},
+    {"tree", "codec", "randomness", "interrupts", "curve", "cost"},
     {"window", "model", "length", "data"},
     {"loss", "adapters"},
     {"unroll"},
