@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Floats", "cut_off", "decay_rate", "dense", "lag_grid", "needed_lookback", "relative_bound"]
+__all__ = ["Floats", "cut_off", "decay_rate", "dense", "lag_grid", "needed_lookback", "needed_window", "relative_bound"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def lag_grid(longest: int, dense_up_to: int = 16, ratio: float = 1.1) -> tuple[i
 
 
 def dense(lags: Sequence[int], norms: Sequence[float] | Floats) -> Floats:
-    """Return phi_0..phi_R: lags between two measured ones by linear interpolation.
+    """Return phi_0..phi_R: lags between two measured ones by geometric interpolation, linear next to a zero.
 
     A state's gradient at lag 0 cannot be seen from outside the model: where it is not given it is taken to be that
     of lag 1, which makes a look-back longer rather than shorter when the curve falls.
@@ -44,7 +44,12 @@ def dense(lags: Sequence[int], norms: Sequence[float] | Floats) -> Floats:
         lags: rising, from 0 or 1 on.
         norms: phi at those lags, 0 or more.
     """
-    return np.interp(np.arange(lags[-1] + 1), lags, np.asarray(norms, dtype=np.float64))
+    values = np.asarray(norms, dtype=np.float64)
+    every = np.arange(lags[-1] + 1)
+    linear = np.interp(every, lags, values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        geometric = np.exp(np.interp(every, lags, np.log(values)))
+    return np.where(np.isfinite(geometric) & (geometric > 0), geometric, linear)
 
 
 def decay_rate(phi: Floats) -> float:
@@ -114,4 +119,19 @@ def needed_lookback(phi: Floats, tolerance: float) -> int | None:
         (22, 7)
     """
     enough = np.flatnonzero(relative_bound(phi)[1:] < tolerance)
+    return int(enough[0]) + 1 if len(enough) else None
+
+
+def needed_window(phi: Floats, tolerance: float) -> int | None:
+    """Return the shortest window without overlap whose losses, reaching 1..W steps back, are bounded in the mean.
+
+    Returns:
+        Steps W, at least 1; None when it is not among those measured.
+
+    Example:
+        >>> needed_window(0.9 ** np.arange(400), 0.1)  # the mean of 0.9^1 .. 0.9^W is near 9 / W
+        90
+    """
+    bound = relative_bound(phi)[1:]
+    enough = np.flatnonzero(np.cumsum(bound) / np.arange(1, len(bound) + 1) < tolerance)
     return int(enough[0]) + 1 if len(enough) else None

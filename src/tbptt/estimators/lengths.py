@@ -31,16 +31,25 @@ States: TypeAlias = dict[str, LengthState]
 class Lengths:
     """The k1 and k2 of an estimator.
 
-    An `Adaptive` k2 is what every loss is to reach at least: the look-back is k1 - 1 steps longer.
+    An `Adaptive` k2 is what every loss is to reach at least: the look-back is k1 - 1 steps longer; but for plain
+    windows, where it is k1.
 
     Raises:
-        ConfigError: neither a whole number from 1 nor a policy, or two different `Adaptive` ones.
+        ConfigError: neither a whole number from 1 nor a policy, two different `Adaptive` ones, or one with
+            plain windows alone.
     """
 
     k1: int | Length
     k2: int | Length
 
     def __post_init__(self) -> None:
+        adaptive = [each for each in (self.k1, self.k2) if isinstance(each, Adaptive)]
+        if len(adaptive) == 1 and adaptive[0].windows == "plain":
+            raise ConfigError(
+                'an Adaptive with windows="plain" was expected for k1 and k2 both, as those windows have k1 = k2, but '
+                "came for one of them",
+                fix='plain = Adaptive(windows="plain"); TBPTT(k1=plain, k2=plain)',
+            )
         if isinstance(self.k1, Adaptive) and isinstance(self.k2, Adaptive) and self.k1 != self.k2:
             raise ConfigError(
                 "one Adaptive was expected for k1 and k2 together, but two different ones came: both would follow the "
@@ -65,10 +74,15 @@ class Lengths:
         if isinstance(self.k2, int):
             longest = self.k2
         else:
-            longest = self.k2.longest + (_longest(self.k1) - 1 if isinstance(self.k2, Adaptive) else 0)
+            longest = self.k2.longest + (_longest(self.k1) - 1 if self._is_reached_by_all else 0)
         least = self.k1 if isinstance(self.k1, int) else self.k1.shortest
         probed = [each.max + SPREAD for each in self.policies.values() if isinstance(each, Adaptive)]
         return max([longest if longest > least else 0, *probed])
+
+    @property
+    def _is_reached_by_all(self) -> bool:
+        """Whether k2 is what every loss is to reach, so that the look-back is k1 - 1 steps longer."""
+        return isinstance(self.k2, Adaptive) and self.k2.windows == "overlapping"
 
     def start(self) -> States:
         """Return the policies' states before the first update."""
@@ -78,7 +92,7 @@ class Lengths:
         """Return k1 and k2 of the next update."""
         k1 = self.k1 if isinstance(self.k1, int) else self.k1.now(states["k1"])
         k2 = self.k2 if isinstance(self.k2, int) else self.k2.now(states.get("k2") or states["k1"])
-        return k1, k2 + k1 - 1 if isinstance(self.k2, Adaptive) else k2
+        return k1, k2 + k1 - 1 if self._is_reached_by_all else k2
 
     def rate_factor(self, states: States) -> float:
         """Return what the learning rate is multiplied by in the next update."""

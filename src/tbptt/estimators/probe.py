@@ -5,7 +5,8 @@ Letters: T time, B lanes, K lags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -95,6 +96,7 @@ def run_chain(
     window: Window,
     dims: LaneDims | None,
     cuts: Sequence[int],
+    enter: Callable[[Window], AbstractContextManager[Window]] = nullcontext,
 ) -> tuple[list[Segment], list[int]]:
     """Run the model over the past and the window as a chain of segments, the window's losses injected.
 
@@ -102,6 +104,7 @@ def run_chain(
         past: the steps before the window; None for none.
         cuts: where a segment begins, counted from the past's first step; what is before the first of them is run
             without a graph.
+        enter: around the run of each segment, and what is run.
 
     Returns:
         The segments, oldest first, and the step at which each begins.
@@ -116,7 +119,8 @@ def run_chain(
     begins = sorted({*cuts, news} if news > first else set(cuts))
     chain: list[Segment] = []
     for begin, end in pairwise([*begins, whole.steps]):
-        segment = Segment.run(model, whole[begin:end], state, dims, track=True)
+        with enter(whole[begin:end]) as piece:
+            segment = Segment.run(model, piece, state, dims, track=True)
         if begin >= news:
             piece = window[begin - news : end - news]
             total, count = loss.total(segment.outputs, piece)
@@ -145,7 +149,7 @@ def lane_norms(cotangent: Gradients, state: Tree, dims: LaneDims | None) -> Tens
             continue
         squares = gradient.detach().abs().double().square()
         dim = known[index] if by_lane else None
-        part = squares.sum()[None] if dim is None else squares.movedim(dim, 0).flatten(1).sum(1)
+        part = squares.sum()[None] if dim is None else squares.movedim(dim, 0).reshape(squares.shape[dim], -1).sum(1)
         total = part if total is None else total + part
     if total is None:
         leaf = next(leaf for leaf in tensors(state) if leaf.requires_grad)

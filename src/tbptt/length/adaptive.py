@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 
-from tbptt.curve import Floats, dense, lag_grid, needed_lookback
+from tbptt.curve import Floats, dense, lag_grid, needed_lookback, needed_window
 from tbptt.errors import ConfigError
 from tbptt.length.base import Length, LengthState, RateScaling, check_scaling, check_whole, scaled
 
 __all__ = ["Adaptive"]
 
-_PROBED_SHARE = 0.01
+_PROBED_SHARE = 0.02
 """Of the steps run forward and back, how many probes may take when `Adaptive.every` is left out; a probe's steps cost
 more, as they are run in many short pieces."""
 _NEWEST_PROBE = 0.25
@@ -35,7 +35,9 @@ class Adaptive(Length):
 
     As k2 it is what every loss is to reach at least, so that k2 = kappa + k1 - 1; as k1 it is kappa itself. Both
     together, `TBPTT(k1=adaptive, k2=adaptive)`, is the method of the paper, windows of kappa and a look-back of twice
-    that.
+    that. With `windows="plain"` both together are windows without overlap, k1 = k2, so long that the *mean* of the
+    bound over their losses, the first of which reaches one step back and the last all of them, is below `tolerance`:
+    longer, but half the work for each step of the stream. That is the one to take where time counts.
 
     Guards of the method: a floor, `min`; every probe is `max` long whatever the length is, so that a short one cannot
     confirm itself; a length goes only half of the way (in log steps) at each probe; a curve that does not fall within
@@ -49,8 +51,9 @@ class Adaptive(Length):
         tolerance: of the relative bias, above 0 and below 1. Smaller is longer.
         min: the floor, steps.
         max: the longest, steps: of memory, too, are `max + k1 - 1` steps needed.
-        every: updates between two probes; left out: as often as keeps them to one step in a hundred.
+        every: updates between two probes; left out: as often as keeps them to one step in fifty.
         first: steps at the start; left out: 16, within the bounds.
+        windows: "overlapping", every loss reaches kappa; or "plain", k1 = k2, in the mean over a window's losses.
         scale_rate: what the learning rate does as the length changes, relative to `first`: "none"; "sqrt", as in the
             paper; "linear".
 
@@ -70,6 +73,7 @@ class Adaptive(Length):
     max: int = 256
     every: int | None = None
     first: int | None = None
+    windows: Literal["overlapping", "plain"] = "overlapping"
     scale_rate: RateScaling = "none"
 
     def __post_init__(self) -> None:
@@ -80,6 +84,10 @@ class Adaptive(Length):
             if getattr(self, name) is not None:
                 check_whole(self, name, fix)
         check_scaling(self.scale_rate)
+        if self.windows not in ("overlapping", "plain"):
+            raise ConfigError(
+                f'windows were expected to be "overlapping" or "plain", but are {self.windows!r}', fix='windows="plain"'
+            )
         if isinstance(self.tolerance, bool) or not 0 < self.tolerance < 1:
             raise ConfigError(
                 f"a tolerance above 0 and below 1 was expected, the relative bias to allow, but it is "
@@ -155,7 +163,8 @@ class Adaptive(Length):
         """Return kappa for norms at `lags`, within the bounds; `max` for a curve that does not fall in time."""
         if not norms.any():  # no gradient arrives at any lag: nothing is cut off
             return self.min
-        found = needed_lookback(dense(self.lags, norms), self.tolerance)
+        wanted = needed_window if self.windows == "plain" else needed_lookback
+        found = wanted(dense(self.lags, norms), self.tolerance)
         return self.max if found is None else self._within(found)
 
     def rate(self, length: int) -> float:

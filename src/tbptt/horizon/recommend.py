@@ -1,0 +1,280 @@
+"""From a measured horizon to k1 and k2.
+
+Letters: K look-back in steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tbptt.curve import Floats, dense, needed_lookback
+from tbptt.errors import ConfigError
+from tbptt.estimators import TBPTT
+from tbptt.horizon.costs import Costs
+from tbptt.horizon.statistics import Band, bootstrap
+
+__all__ = ["Limits", "Need", "Recommendation", "choose", "need"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A k1 and a k2, and why.
+
+    Args:
+        k1: steps between updates.
+        k2: look-back, so that every loss reaches `needed` steps back at least: needed + k1 - 1.
+        needed: the look-back that a loss needs, its own step included; None when the curve is too short to say.
+        low: lower end of needed's 95 % interval over probes.
+        high: upper end; None where some of the resampled curves were too short to say.
+        tolerance: of the relative bias.
+        met: whether k2 meets it, within the limits that were given.
+        lower_bound: whether the model has not learned yet to use its past, so that more may be needed later.
+        why: the reasons, a sentence each.
+    """
+
+    k1: int
+    k2: int
+    needed: int | None
+    low: int
+    high: int | None
+    tolerance: float
+    met: bool
+    lower_bound: bool
+    why: tuple[str, ...]
+
+    def estimator(self) -> TBPTT:
+        """Return `TBPTT(k1, k2)`."""
+        return TBPTT(self.k1, self.k2)
+
+    def __str__(self) -> str:
+        head = f"TBPTT(k1={self.k1}, k2={self.k2})" + ("" if self.met else "  - does not meet the tolerance")
+        return "\n".join([head, *(f"  {reason}" for reason in self.why)])
+
+
+@dataclass(frozen=True)
+class Need:
+    """The look-back that a loss needs, by each of three measures.
+
+    Args:
+        by_mass: the shortest that cuts off less than the tolerance of the norm of the state's gradient, summed over
+            lags; None beyond those measured.
+        low: lower end of its 95 % interval; the longest lag for "beyond".
+        high: upper end; None for "beyond".
+        by_bias: the shortest from which on no look-back is shown (at 95 %) to bias the parameters' gradient by more;
+            0 where that was not measured or cannot be told from noise; None where even the longest but one is.
+        by_context: the shortest with which the model, seeing no more than that, has all but the tolerance of what its
+            past is worth to its loss; 0 where that was not measured, or is nothing.
+        longest: the longest lag measured.
+    """
+
+    by_mass: int | None
+    low: int
+    high: int | None
+    by_bias: int | None
+    by_context: int
+    longest: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the model uses its past and its expected gradient is lost in the noise, as near a minimum.
+
+        A relative bias means nothing there: what is cut off is noise as well.
+        """
+        return self.by_context > 0 and self.by_bias == 0
+
+    @property
+    def steps(self) -> int | None:
+        """The longest of those that say something; None where one of them is beyond what was measured."""
+        if self.is_settled:
+            return self.by_context
+        return (
+            None if self.by_mass is None or self.by_bias is None else max(self.by_mass, self.by_bias, self.by_context)
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is given beforehand; None for no such limit.
+
+    Args:
+        k1: steps between updates.
+        memory: bytes that autograd may hold.
+        time: seconds that a step of the stream may take, forward and back.
+    """
+
+    k1: int | None = None
+    memory: float | None = None
+    time: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("k1", "memory", "time"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not 0 < value < math.inf):
+                raise ConfigError(
+                    f"{name} was expected to be a number above 0, but is {value!r}",
+                    fix="report.recommend(0.1, memory=2e9)",
+                )
+
+
+def need(
+    lags: Sequence[int], samples: Floats, bias: Band | None, context: Band | None, loss: float, tolerance: float
+) -> Need:
+    """Return how long a look-back must be.
+
+    Args:
+        lags: where the state's gradient was measured.
+        samples: its norm, one curve a probe. Shape (N, K).
+        bias: by look-back, of the parameters' gradient; the last of it is the reference.
+        context: loss by the steps that the model sees; None where its past is worth nothing to it.
+        loss: of the same steps with all of their past.
+        tolerance: of the relative bias.
+    """
+    longest = lags[-1]
+
+    def by_mass(chosen: Floats) -> Floats:
+        norms = chosen.mean(0)
+        found = needed_lookback(dense(lags, norms), tolerance) if norms.any() else 1
+        return np.array(longest + 1 if found is None else found)
+
+    mean = int(by_mass(samples))
+    low, high = np.rint(np.quantile(bootstrap(samples, by_mass), [0.025, 0.975])).astype(int).tolist()
+    return Need(
+        by_mass=None if mean > longest else mean,
+        low=min(low, longest),
+        high=None if high > longest else high,
+        by_bias=0 if bias is None else _by_bias(bias, tolerance),
+        by_context=0 if context is None else _by_context(context, loss, tolerance),
+        longest=longest,
+    )
+
+
+def _by_bias(bias: Band, tolerance: float) -> int | None:
+    if math.isnan(bias.mean[0]):
+        return 0
+    too_short = [index for index, low in enumerate(bias.low) if not low <= tolerance]
+    if not too_short:
+        return bias.at[0]
+    # the longest is the reference, 0 by definition: it says nothing of itself
+    return None if too_short[-1] >= len(bias.at) - 2 else bias.at[too_short[-1] + 1]
+
+
+def _by_context(context: Band, loss: float, tolerance: float) -> int:
+    worth = context.mean[0] - loss
+    too_short = [index for index, mean in enumerate(context.mean) if not mean - loss <= tolerance * worth]
+    return context.at[min(too_short[-1] + 1, len(context.at) - 1)]
+
+
+def choose(needed: Need, costs: Costs | None, limits: Limits, tolerance: float, learned: bool | None) -> Recommendation:
+    """Return k1 and k2.
+
+    Without limits k1 is half of what is needed: two updates in the time that a dependency lasts, at three times the
+    cost of the plainest windows.
+
+    Raises:
+        ConfigError: the curve is too short to say what is needed, and no memory limit says where to stop.
+    """
+    why = _reasons(needed, tolerance)
+    cap = _cap(costs, limits, why)
+    steps = needed.steps
+    if steps is None and cap is None:
+        raise ConfigError(
+            f"a gradient that falls within the {needed.longest} lags measured was expected, but beyond them lies more "
+            f"of it than a tolerance of {tolerance:g} allows: any k2 would be a guess",
+            fix=f"tbptt.horizon.measure(..., max_lag={2 * needed.longest}); or recommend(..., memory=...) for the "
+            "longest that fits",
+        )
+    target = steps if steps is not None else cap
+    assert target is not None
+    k1 = limits.k1 or max(1, math.ceil(target / 2))
+    met = steps is not None
+    if cap is not None and target + k1 - 1 > cap:
+        if limits.k1 is None:
+            k1 = max(1, cap - target + 1)
+        if target + k1 - 1 > cap:
+            met = False
+            why.append(f"The memory allows for {cap} steps, and {target + k1 - 1} would be needed.")
+    k2 = target + k1 - 1 if cap is None else min(cap, target + k1 - 1)
+    if limits.time is not None:
+        k1, k2, fast = _fast_enough(_of(costs, "time"), limits, target, k1, k2, cap, why)
+        met = met and fast
+    if learned is False:
+        why.append(
+            "The model makes no use of its past yet: with one step of context its loss is as low. The curve of such a "
+            "model is a lower bound; train on with a longer k2 or Adaptive(min=...), and measure again."
+        )
+    else:
+        why.append("Measured at these weights: as the model learns, more may be needed; measure again then.")
+    return Recommendation(k1, k2, steps, needed.low, needed.high, tolerance, met, learned is False, tuple(why))
+
+
+def _reasons(needed: Need, tolerance: float) -> list[str]:
+    why: list[str] = []
+    high = f"more than {needed.longest}" if needed.high is None else str(needed.high)
+    if needed.by_mass is None:
+        mass = f"More than {tolerance:g} of the state's gradient lies beyond the longest lag measured, {needed.longest}"
+    else:
+        mass = (
+            f"A look-back of {needed.by_mass} steps (95 %: {needed.low} to {high}) cuts off less than {tolerance:g} of "
+            "the state's gradient"
+        )
+    if needed.by_context:
+        why.append(
+            f"With {needed.by_context} steps of context the model's loss is within {tolerance:g} of what all of its "
+            "past is worth."
+        )
+    if needed.is_settled:
+        why.append(
+            f"{mass}; but the expected gradient does not stand out of the noise, as near a minimum, so that its bias "
+            "decides nothing: the context does."
+        )
+        return why
+    why.append(f"{mass}.")
+    if needed.by_bias is None:
+        why.append("The parameters' gradient still changes by more than that at the longest look-backs.")
+    elif needed.by_mass is not None and needed.by_bias > needed.by_mass:
+        why.append(
+            f"The parameters' gradient is shown to be biased by more than {tolerance:g} up to look-backs just below "
+            f"{needed.by_bias}: its parts cancel, so that small ones count."
+        )
+    return why
+
+
+def _cap(costs: Costs | None, limits: Limits, why: list[str]) -> int | None:
+    if limits.memory is None:
+        return None
+    cap = _of(costs, "memory").longest_within(limits.memory)
+    if cap < 1:
+        raise ConfigError(
+            f"memory for one step at least was expected, {_of(costs, 'memory').bytes_at(1):.0f} bytes, but "
+            f"{limits.memory:.0f} came",
+            fix="more memory, or fewer lanes",
+        )
+    why.append(f"Memory of {limits.memory:.3g} bytes holds {cap} steps.")
+    return cap
+
+
+def _fast_enough(
+    costs: Costs, limits: Limits, target: int, k1: int, k2: int, cap: int | None, why: list[str]
+) -> tuple[int, int, bool]:
+    """Lengthen k1, so that the look-back is run less often, until a step is fast enough."""
+    assert limits.time is not None
+    while costs.seconds_at(k2) / k1 > limits.time:
+        longer = k1 + max(1, k1 // 8)
+        if limits.k1 is not None or (cap is not None and target + longer - 1 > cap) or longer > 64 * target:
+            why.append(f"A step takes {costs.seconds_at(k2) / k1:.3g} s, longer than the {limits.time:.3g} s allowed.")
+            return k1, k2, False
+        k1, k2 = longer, target + longer - 1
+    why.append(f"A step takes {costs.seconds_at(k2) / k1:.3g} s.")
+    return k1, k2, True
+
+
+def _of(costs: Costs | None, limit: str) -> Costs:
+    if costs is None:
+        raise ConfigError(
+            f"measured costs were expected for a {limit} limit, but they were left out", fix="measure(..., costs=True)"
+        )
+    return costs

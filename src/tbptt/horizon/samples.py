@@ -1,0 +1,250 @@
+"""The experiment: single losses at random places of a stream, each sent back as far as was asked for.
+
+Letters: T time, B lanes, N probes, L longest lag, K lags or look-backs, M numbers of a gradient's sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tbptt.curve import Floats
+from tbptt.errors import ConfigError, EndOfStream, StreamError
+from tbptt.estimators.history import Stretch
+from tbptt.estimators.probe import lane_norms, run_chain
+from tbptt.estimators.segments import Gradients, add, walk_back
+from tbptt.horizon.inputs import InputTap, has_any
+from tbptt.horizon.statistics import Sketch
+from tbptt.loss import StepLoss
+from tbptt.model import find_lane_dims, trainable_parameters
+from tbptt.streams.base import Stream
+from tbptt.tree import LaneDims, Tree, detach
+from tbptt.unroll import unroll
+from tbptt.window import Window
+
+__all__ = ["Place", "Plan", "Samples", "places", "sample"]
+
+_NEAR = 16
+"""Steps after the last lag among which a loss with a target is looked for."""
+_TRIES = 50
+"""Stretches of the stream that are read without any target before that is an error."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        lags: where the state's gradient is, rising to the longest, L.
+        lookbacks: whose gradients are compared, rising to L; each is one of the lags.
+        gradients: whether they are.
+        context: whether the loss with little context is measured.
+    """
+
+    lags: tuple[int, ...]
+    lookbacks: tuple[int, ...]
+    gradients: bool = True
+    context: bool = True
+
+    @property
+    def longest(self) -> int:
+        """The longest lag, L."""
+        return self.lags[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A place in the stream where a loss is sent back from.
+
+    Args:
+        window: L steps, the loss that counts at the last of them.
+        state: the state before them, carried from the stream's beginning; None for the model's initial state.
+        dims: the lane dimension of each tensor of the state.
+    """
+
+    window: Window
+    state: Tree | None
+    dims: LaneDims | None
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What each probe gave; curves are means over the lanes that had a target.
+
+    Args:
+        state: norm of the state's gradient at the plan's lags. Shape (N, K).
+        inputs: norm of the input's gradient at lags 0..L-1. Shape (N, L); None where there is none to ask about.
+        gradients: sketches of the parameters' gradient for each look-back. Shape (N, K, M); None if not asked for.
+        losses: of the probes. Shape (N,).
+        context: the same losses with only so many steps of context. Shape (N, K); None if not asked for.
+    """
+
+    state: Floats
+    inputs: Floats | None
+    gradients: Tensor | None
+    losses: Floats
+    context: Floats | None
+
+
+def places(
+    model: nn.Module, loss: StepLoss, stream: Stream, longest: int, count: int, burn_in: int, draws: np.random.Generator
+) -> list[Place]:
+    """Read the stream, carrying the state on, and return places `longest` steps or a little more apart.
+
+    Args:
+        burn_in: steps run before the first.
+        draws: how far the places lie from each other, so that they do not fall into step with a period of the data.
+
+    Raises:
+        ConfigError: a pass of the stream is too short.
+        StreamError: no target comes.
+    """
+    device = next(model.parameters()).device
+    state: Tree | None = None
+    dims: LaneDims | None = None
+    found: list[Place] = []
+    empty = 0
+    gap = burn_in
+    fresh = False  # whether this pass has just begun
+    with torch.no_grad():
+        while len(found) < count:
+            wanted = gap + longest + _NEAR
+            try:
+                window = stream.read(wanted).to(device)
+            except EndOfStream:
+                if fresh:
+                    raise StreamError("the stream has no steps, not even after rewind()") from None
+                stream.rewind()
+                fresh = True
+                continue
+            if dims is None:
+                dims = find_lane_dims(model, window.inputs)
+            if fresh and window.steps < wanted:
+                raise ConfigError(
+                    f"passes of at least {wanted} steps were expected, to look {longest} steps back, but one has "
+                    f"{window.steps}: a gradient cannot be followed farther than the data go",
+                    fix=f"max_lag={max(1, window.steps // 3)}, or fewer lanes, which makes each of them longer",
+                )
+            fresh = False
+            last = _last_target(loss, window, longest) if window.steps == wanted else None
+            if last is None:
+                empty += 1
+                if empty > _TRIES:
+                    raise StreamError(
+                        f"a target among {_NEAR + 1} consecutive steps was expected, but none came in {_TRIES} places",
+                        fix="check the stream's mask; tbptt.horizon needs losses to send back",
+                    )
+                state = detach(unroll(model, window, state, dims)[1])
+                gap = int(draws.integers(longest))
+                continue
+            first = last + 1 - longest
+            if first:
+                state = detach(unroll(model, window[:first], state, dims)[1])
+            found.append(Place(window[first : last + 1], state, dims))
+            state = detach(unroll(model, window[first:], state, dims)[1])
+            gap = int(draws.integers(longest))
+    return found
+
+
+def _last_target(loss: StepLoss, window: Window, longest: int) -> int | None:
+    valid, _ = loss.valid(window)
+    steps = valid.any(1).nonzero().flatten().tolist()
+    return steps[-1] if steps and steps[-1] >= max(longest, window.steps - 1 - _NEAR) else None
+
+
+def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan) -> Samples:
+    """Send the loss of each place back, and measure on its way.
+
+    Cost: for each place a pass forward and back over L steps in as many pieces as there are lags; with context, one
+        forward pass for each look-back.
+    """
+    parameters = list(trainable_parameters(model).values())
+    sketch = Sketch(sum(each.numel() for each in parameters))
+    states: list[Tensor] = []
+    inputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    losses: list[float] = []
+    context: list[list[float]] = []
+    for place in found:
+        tap = InputTap(model) if has_any(place.window.inputs, model) else None
+        probe = _Sent(model, loss, place, plan, parameters if plan.gradients else [], tap, sketch)
+        states.append(probe.state)
+        losses.append(probe.loss)
+        if probe.inputs is not None:
+            inputs.append(probe.inputs)
+        if plan.gradients:
+            gradients.append(torch.stack(probe.gradients))
+        if plan.context:
+            context.append([_with_context(model, loss, place, steps) for steps in plan.lookbacks])
+    return Samples(
+        state=torch.stack(states).numpy(),
+        inputs=torch.stack(inputs).numpy() if len(inputs) == len(found) else None,
+        gradients=torch.stack(gradients) if plan.gradients else None,
+        losses=np.array(losses),
+        context=np.array(context) if plan.context else None,
+    )
+
+
+class _Sent:
+    """One loss on its way back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: StepLoss,
+        place: Place,
+        plan: Plan,
+        parameters: list[Tensor],
+        tap: InputTap | None,
+        sketch: Sketch,
+    ) -> None:
+        longest = plan.longest
+        window = place.window
+        past = Stretch(window[: longest - 1].without_targets(), place.state)
+        newest = window[longest - 1 :]
+        cuts = [longest - lag for lag in plan.lags]
+        valid, count = loss.valid(newest)
+        lanes = valid[0]
+        if tap is None:
+            chain, begins = run_chain(model, loss, past, newest, place.dims, cuts)
+        else:
+            chain, begins = run_chain(model, loss, past, newest, place.dims, cuts, tap.enter)
+        asked = [[*parameters, *(tap.tapped[index] if tap else ())] for index in range(len(chain))]
+        total: Gradients = [None] * len(parameters)
+        at_lag: dict[int, Tensor] = {}
+        pieces: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        last = chain[-1].loss
+        assert last is not None
+        self.loss = float(last.detach()) / count
+        for step in walk_back(chain, asked, torch.ones_like(last), to_start=True):
+            segment, lag = chain[step.index], longest - begins[step.index]
+            mine, of_inputs = step.gradients[: len(parameters)], step.gradients[len(parameters) :]
+            total = add(total, mine)
+            if parameters and lag in plan.lookbacks:
+                known = [
+                    torch.zeros_like(each) if gradient is None else gradient / count
+                    for each, gradient in zip(parameters, total, strict=True)
+                ]
+                self.gradients.append(sketch(known))
+            if segment.start is not None:
+                norms = lane_norms(step.cotangent, segment.start, place.dims)
+                at_lag[lag] = norms[lanes].mean() if len(norms) == len(lanes) else norms.mean() / count**0.5
+            if tap is not None:
+                pieces.append(tap.norms(step.index, of_inputs, segment.steps)[:, lanes].mean(1).flip(0))
+        zero = torch.zeros((), dtype=torch.float64)
+        self.state = torch.stack([at_lag.get(lag, zero).cpu() for lag in plan.lags])
+        self.inputs = torch.cat(pieces).cpu() if tap is not None else None
+
+
+def _with_context(model: nn.Module, loss: StepLoss, place: Place, steps: int) -> float:
+    """Return the loss of a place when the model sees only its last `steps` steps, from its initial state."""
+    with torch.no_grad():
+        window = place.window[place.window.steps - steps :]
+        outputs, _ = unroll(model, window, None, place.dims)
+        losses, valid = loss.by_step(outputs, window)
+        return float(losses[-1][valid[-1]].double().mean())
