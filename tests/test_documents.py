@@ -6,6 +6,7 @@ import doctest
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -66,11 +67,13 @@ def test_shell_blocks_run_one_after_another(tmp_path: Path) -> None:
     environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "100"}
     assert commands()
     for name, line in commands():
-        words = line.split("#")[0].split()[1:]
+        words = shlex.split(line, comments=True)[1:]
         if words[0] == "train":
             words += ["--updates", "20"]
         if words[0] == "resume":
             words += ["--updates", "30"]
+        if words[0] == "compare":
+            words += ["--updates", "3", "--points", "2"]
         done = subprocess.run(
             [sys.executable, "-m", "tbptt", *words],
             cwd=tmp_path,

@@ -28,7 +28,7 @@ LAYERS = [
     {"streams", "estimators", "models"},
     {"guards", "monitors", "metrics"},
     {"checks", "checkpoint", "evaluate"},
-    {"trainer"},
+    {"trainer", "comparison", "horizon"},
     {"report", "integrations"},
     {"cli"},
 ]

@@ -1,7 +1,9 @@
 """Truncated backpropagation through time for any stateful PyTorch model."""
 
+from tbptt import horizon, streams
 from tbptt.adapters import Stateful, stateful
 from tbptt.checks import CheckReport, check
+from tbptt.comparison import Comparison, compare
 from tbptt.errors import TbpttError
 from tbptt.estimators import TBPTT, Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
@@ -10,7 +12,7 @@ from tbptt.length import Adaptive, Choice, Length, Ramp, RandomLength, scaled_ra
 from tbptt.loss import Loss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
-from tbptt.monitors import MetricsFile, Monitor, Progress, TensorBoard
+from tbptt.monitors import Alarms, LagCurves, MetricsFile, Monitor, Progress, StabilityFile, TensorBoard
 from tbptt.streams import ArrayStream, Stream, TextStream
 from tbptt.trainer import HeldOut, Saving, Summary, Trainer
 from tbptt.tree import Tree
@@ -21,16 +23,19 @@ __version__ = "0.1.0"
 __all__ = [
     "TBPTT",
     "Adaptive",
+    "Alarms",
     "ArrayStream",
     "Carry",
     "CheckReport",
     "Choice",
     "ClipNorm",
     "ClipValue",
+    "Comparison",
     "Estimate",
     "Estimator",
     "Guard",
     "HeldOut",
+    "LagCurves",
     "Length",
     "Loss",
     "MetricsFile",
@@ -41,6 +46,7 @@ __all__ = [
     "RandomLength",
     "Saving",
     "SequenceModel",
+    "StabilityFile",
     "Stateful",
     "Stream",
     "Summary",
@@ -51,8 +57,11 @@ __all__ = [
     "Tree",
     "Window",
     "check",
+    "compare",
     "evaluate",
+    "horizon",
     "scaled_rate",
     "scan",
     "stateful",
+    "streams",
 ]

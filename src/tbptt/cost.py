@@ -55,7 +55,7 @@ def held_for_backward(without: Iterable[Tensor] = ()) -> Generator[HeldBytes]:
             held.now -= size
 
     def pack(tensor: Tensor) -> _Packed:
-        packed = _Packed(tensor)
+        packed = _Packed(tensor.detach())  # a saved result would hold its own graph, in a circle
         if tensor.layout == torch.strided:
             memory = tensor.untyped_storage()
             storage, size = memory.data_ptr(), memory.nbytes()

@@ -10,6 +10,10 @@
     ├── CheckError       (RuntimeError)     a model that does not carry its state
     └── CheckpointError  (RuntimeError)     a checkpoint that cannot be trusted
 
+    UserWarning
+    ├── CheckpointWarning                   a checkpoint or a file of the run that could not be written
+    └── AlarmWarning                        training that goes wrong, or nowhere
+
 Each leaf is also the builtin that a caller would catch. A message says what was expected, what came,
 why it matters, and the fix.
 """
@@ -17,6 +21,7 @@ why it matters, and the fix.
 from __future__ import annotations
 
 __all__ = [
+    "AlarmWarning",
     "CapabilityError",
     "CheckError",
     "CheckpointError",
@@ -81,3 +86,7 @@ class CheckpointError(TbpttError, RuntimeError):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint could not be written or was passed over; training goes on."""
+
+
+class AlarmWarning(UserWarning):
+    """Training goes wrong, or nowhere; it goes on, and the message says what to do."""

@@ -25,14 +25,21 @@ from tbptt.interrupts import Interrupts
 from tbptt.length import scaled_rate
 from tbptt.loss import Loss, StepLoss
 from tbptt.metrics import Metric
+from tbptt.model import trainable_parameters
+from tbptt.monitors.alarms import Alarms
 from tbptt.monitors.base import Monitor, Plan, Update, Validation
-from tbptt.monitors.metrics import MetricsFile, TimingFile
+from tbptt.monitors.metrics import MetricsFile
+from tbptt.monitors.stability import StabilityFile
+from tbptt.monitors.timing import TimingFile
 from tbptt.randomness import random_state, seed_everything, set_random_state
 from tbptt.streams.base import Stream
 from tbptt.tree import all_finite, to
 from tbptt.window import Window
 
 __all__ = ["HeldOut", "Saving", "Summary", "Trainer"]
+
+_STABILITY = 10
+"""Lines of metrics.jsonl to one of stability.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Saving:
     Args:
         every: updates between two checkpoints; there is one at the end of a run as well.
         keep: how many are kept.
-        log_every: updates to a line of metrics.jsonl, which has the loss over all of them.
+        log_every: updates to a line of metrics.jsonl, which has the loss over all of them; a line of stability.jsonl
+            is there at every tenth of these, with more in it.
     """
 
     every: int = 1000
@@ -109,8 +117,10 @@ class Trainer:
         estimator: how the gradient is made, for example `TBPTT(k1=64, k2=64)`.
         stream: where the windows come from.
         guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`.
-        monitors: besides the files that are written whenever there is a directory.
-        directory: where checkpoints, metrics.jsonl and timing.jsonl go; left out: nothing is written.
+        monitors: besides the files that are written whenever there is a directory, and the alarms, which warn of
+            what goes wrong; `Alarms(...)` among them takes the place of the usual one.
+        directory: where checkpoints, metrics.jsonl, timing.jsonl and stability.jsonl go; left out: nothing is
+            written.
         seed: of all random generators, when the run begins.
         scheduler: of torch; steps once an update (ReduceLROnPlateau: once a validation).
         held_out: what to validate on.
@@ -154,12 +164,17 @@ class Trainer:
                 fix="Trainer(..., held_out=HeldOut(stream, every=1000))",
             )
         self.checkpoints: Checkpoints | None = None
-        self.monitors = list(monitors)
+        alarms = [each for each in monitors if isinstance(each, Alarms)] or [Alarms()]
+        others = [each for each in monitors if not isinstance(each, Alarms)]
         if directory is not None:
             run = Path(directory)
             self.checkpoints = Checkpoints(run / "checkpoints", keep=self.saving.keep)
             metrics = MetricsFile(run / "metrics.jsonl", every=self.saving.log_every)
-            self.monitors += [metrics, TimingFile(run / "timing.jsonl")]
+            stability = StabilityFile(run / "stability.jsonl", every=_STABILITY * self.saving.log_every)
+            others += [metrics, TimingFile(run / "timing.jsonl"), stability]
+        for each in alarms:
+            each.hearers = others
+        self.monitors = [*others, *alarms]  # an alarm may be made an error: by then all others have seen the update
         self.device = next(model.parameters()).device
         self.carry: Carry = estimator.init(model, stream.lanes)
         self.updates = self.passes = 0
@@ -219,7 +234,7 @@ class Trainer:
                 check_on_stream(self.model, self.stream, estimator, steps).raise_if_failed()
             self._begun = True
         for monitor in self.monitors:
-            monitor.begin(replace(plan, update=self.updates))
+            monitor.begin(replace(plan, update=self.updates, weights=trainable_parameters(self.model)))
         if self.updates == 0:
             self._save()  # so that there is something to resume from, and what cannot be saved is found at once
 
@@ -264,6 +279,8 @@ class Trainer:
             estimate=estimate or raw,
             applied=applied,
             learning_rate=rate,
+            state=self.carry.state,
+            weights=trainable_parameters(self.model),
         )
         for monitor in self.monitors:
             monitor.update(update)

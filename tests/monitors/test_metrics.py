@@ -16,7 +16,8 @@ import torch
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError
 from tbptt.estimators.base import Estimate
 from tbptt.monitors.base import Plan, Update, Validation
-from tbptt.monitors.metrics import MetricsFile, TimingFile
+from tbptt.monitors.metrics import MetricsFile
+from tbptt.monitors.timing import TimingFile
 
 
 def update_at(number: int, **changes: Any) -> Update:
@@ -64,6 +65,7 @@ def test_a_line_says_what_the_interval_was(tmp_path: Path) -> None:
         "update": 3,
         "passes": 0,
         "position": 24,
+        "steps": 8,
         "loss": total / terms,  # not the mean of the updates' losses
         "terms": terms,
         "gradient_norm": 12.5,
@@ -126,8 +128,8 @@ def test_killed_and_resumed_it_equals_the_undisturbed_file(tmp_path: Path, every
             if number < 400:  # work that is lost, in whatever way the process ends
                 drive(monitor, number + 1, number + rng.randrange(40))
                 if rng.random() < 0.5:
-                    assert monitor._file is not None
-                    monitor._file.close()  # as a kill does: nothing more is written
+                    assert monitor._lines._file is not None
+                    monitor._lines._file.close()  # as a kill does: nothing more is written
                     continue
             monitor.end()
         assert path.read_bytes() == whole.path.read_bytes()
@@ -169,6 +171,21 @@ def test_running_on_in_one_process_joins_the_interval(tmp_path: Path) -> None:
     assert twice.path.read_bytes() == whole.path.read_bytes()
 
 
+def test_a_run_that_was_over_and_is_resumed_for_nothing_keeps_its_shorter_line(tmp_path: Path) -> None:
+    monitor = MetricsFile(tmp_path / "m.jsonl", every=4)
+    monitor.begin(Plan(0, 10, 4))
+    drive(monitor, 1, 10)
+    state = json.loads(json.dumps(monitor.state_dict()))
+    monitor.end()
+    content = monitor.path.read_bytes()
+    resumed = MetricsFile(monitor.path, every=4)
+    resumed.load_state_dict(state)
+    resumed.begin(Plan(10, 10, 4))
+    resumed.end()
+    assert lines_of(monitor.path)[-1]["update"] == 10
+    assert monitor.path.read_bytes() == content
+
+
 def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text("old\n" * 100)
@@ -182,7 +199,7 @@ def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
 
 def test_state_dict_makes_the_lines_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr("tbptt.monitors.metrics.os.fsync", synced.append)
+    monkeypatch.setattr("os.fsync", synced.append)
     monitor = MetricsFile(tmp_path / "m.jsonl")
     monitor.begin(Plan(0, None, 4))
     drive(monitor, 1, 5)
@@ -226,11 +243,11 @@ class FullDisk:
 
 
 def test_a_full_disk_stops_no_training_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tbptt.monitors.metrics._FLUSH_S", 0.0)
+    monkeypatch.setattr("tbptt.monitors.lines._FLUSH_S", 0.0)
     monitor = MetricsFile(tmp_path / "m.jsonl")
     monitor.begin(Plan(0, None, 4))
-    disk = FullDisk(monitor._file)
-    monitor._file = disk
+    disk = FullDisk(monitor._lines._file)
+    monitor._lines._file = disk
     with pytest.warns(CheckpointWarning, match="No space left") as caught:
         drive(monitor, 1, 9)
     assert len(caught) == 1  # loud, but once
@@ -270,6 +287,20 @@ def test_timing_counts_steps_and_memory(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line["steps_per_s"] for line in lines] == [3.2, 3.2, 3.2]
     assert [line["lane_steps_per_s"] for line in lines] == [12.8, 12.8, 12.8]
     assert all(line["peak_rss_bytes"] > 10_000_000 for line in lines)
+    assert all(line["peak_device_bytes"] is None for line in lines)  # the losses are on the CPU
+
+
+@pytest.mark.gpu
+def test_timing_counts_the_devices_memory(tmp_path: Path) -> None:
+    monitor = TimingFile(tmp_path / "timing.jsonl", every_s=0)
+    monitor.begin(Plan(0, None, 4))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    block = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    del block
+    monitor.update(update_at(1, loss_sum=torch.tensor(1.0, device="cuda")))
+    (line,) = lines_of(monitor.path)
+    assert before + (64 << 20) <= line["peak_device_bytes"] <= before + (68 << 20)
 
 
 def test_timing_is_appended_to_and_holds_no_state(tmp_path: Path) -> None:

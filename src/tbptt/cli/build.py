@@ -13,8 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from tbptt.cli.config import Config, Schedule
 from tbptt.cli.data import Opened, open_source
 from tbptt.cli.rundir import Facts, Record
+from tbptt.errors import ConfigError
 from tbptt.estimators import Estimator
 from tbptt.guards import ClipNorm, ClipValue, Guard, NonFinite
+from tbptt.length import Length
 from tbptt.metrics import Metric, metric
 from tbptt.models import SequenceModel
 from tbptt.randomness import seed_everything
@@ -58,7 +60,9 @@ def build(config: Config, record: Record | None = None) -> Parts:
     seed_everything(config.run.seed)
     model = build_model(config, data.facts)
     optimizer = config.optimizer.kind(model.parameters(), **config.optimizer.arguments())
-    updates = _num_updates(config, data, estimator.next_steps(estimator.init(model, data.train.lanes)))
+    steps = estimator.next_steps(estimator.init(model, data.train.lanes))
+    _refuse_unknown_end(config, estimator)
+    updates = _num_updates(config, data, steps)
     schedule_updates = record.schedule_updates if record is not None else config.schedule.updates or updates
     return Parts(
         model=model,
@@ -105,6 +109,18 @@ def use_threads(config: Config) -> Config:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     return config.changed("run", threads=torch.get_num_threads())
+
+
+def _refuse_unknown_end(config: Config, estimator: Estimator) -> None:
+    """Refuse a schedule that ends with the last pass, where nobody knows how many updates a pass will have."""
+    k1: object = getattr(estimator, "k1", None)
+    decays = config.schedule.name != "constant"
+    if isinstance(k1, Length) and decays and config.run.updates is None and config.schedule.updates is None:
+        raise ConfigError(
+            f"the number of updates was expected, as the learning rate is to fall until the end, but k1 = {k1} "
+            "changes: how many updates a pass has is not known beforehand",
+            fix="--updates 5000; or --set schedule.updates=5000; or --set schedule.name=constant",
+        )
 
 
 def _num_updates(config: Config, data: Opened, steps: int) -> int:

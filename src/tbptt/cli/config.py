@@ -7,13 +7,16 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, create_model
+from pydantic_core import PydanticCustomError
 
 from tbptt import estimators
+from tbptt.errors import ConfigError
 from tbptt.estimators import Estimator
+from tbptt.length import Length, parse_length
 
 __all__ = ["Config", "Data", "Guards", "Model", "Optimizer", "Run", "Schedule", "arguments_model", "estimator_classes"]
 
@@ -22,6 +25,24 @@ Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def _spelled_length(value: object) -> int | str:
+    """Return a length as a configuration has it: a number, or a policy in its full spelling."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        parsed = parse_length(value) if isinstance(value, str) else None
+    except ConfigError as error:
+        if isinstance(value, str) and "(" in value:
+            raise PydanticCustomError("length", "a length ({why})", {"why": error.message}) from error
+        parsed = None
+    if not isinstance(parsed, Length):
+        raise PydanticCustomError("length", 'a whole number of steps, or a length as "Adaptive(tolerance=0.1)"')
+    return str(parsed)
+
+
+SpelledLength: TypeAlias = Annotated[Any, PlainValidator(_spelled_length)]
 
 
 class _Section(BaseModel):
@@ -174,8 +195,15 @@ class Config(_Section):
         Raises:
             ConfigError: its arguments cannot be meant.
         """
-        arguments = {name: value for name, value in self.estimator.items() if name != "name"}
-        return estimator_classes()[self.estimator["name"]](**arguments)
+        kind = estimator_classes()[self.estimator["name"]]
+        lengths = _lengths_of(kind)
+        return kind(
+            **{
+                name: parse_length(value) if name in lengths and isinstance(value, str) else value
+                for name, value in self.estimator.items()
+                if name != "name"
+            }
+        )
 
 
 def estimator_classes() -> dict[str, Callable[..., Estimator]]:
@@ -191,8 +219,11 @@ def estimator_classes() -> dict[str, Callable[..., Estimator]]:
 
 
 def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -> type[BaseModel]:
-    """Return a model of the arguments of a class, so that they are checked as every section is."""
-    hints = get_type_hints(target if isinstance(target, type) and is_dataclass(target) else target.__init__)
+    """Return a model of the arguments of a class, so that they are checked as every section is.
+
+    A length that may change is a number, or the policy as text: `"Adaptive(tolerance=0.1)"`.
+    """
+    hints = _hints(target) | dict.fromkeys(_lengths_of(target), SpelledLength)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if name not in without:
@@ -200,3 +231,12 @@ def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -
             fields[name] = (hints.get(name, Any), default)
     config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     return create_model(getattr(target, "__name__", "arguments"), __config__=config, **fields)
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(target if isinstance(target, type) and is_dataclass(target) else target.__init__)
+
+
+def _lengths_of(target: Callable[..., Any]) -> set[str]:
+    """Return the names of the arguments that may be a `Length`."""
+    return {name for name, hint in _hints(target).items() if Length in get_args(hint)}

@@ -12,11 +12,14 @@ import typer
 
 import tbptt
 from tbptt.cli.check import check
+from tbptt.cli.compare import compare
 from tbptt.cli.evaluate import evaluate
+from tbptt.cli.horizon import horizon
+from tbptt.cli.report import report
 from tbptt.cli.resume import resume
 from tbptt.cli.sample import sample
 from tbptt.cli.train import train
-from tbptt.errors import CheckpointWarning, ConfigError, TbpttError
+from tbptt.errors import AlarmWarning, CheckpointWarning, ConfigError, TbpttError
 
 __all__ = ["main"]
 
@@ -28,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, resume, evaluate, sample, check):
+for command in (train, resume, evaluate, sample, check, report, horizon, compare):
     app.command()(command)
 
 
@@ -105,6 +108,6 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    ours = issubclass(category, CheckpointWarning)
+    ours = issubclass(category, CheckpointWarning | AlarmWarning)
     text = f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(text)

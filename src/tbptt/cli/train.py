@@ -31,8 +31,13 @@ def train(
     ] = None,
     out: Annotated[_Text, typer.Option(metavar="RUN", help="The run's directory; else runs/<data>-<n>.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="A run's configuration, TOML.")] = None,
-    k1: Annotated[_Text, typer.Option(metavar="N", help="Steps forward between two updates.")] = None,
-    k2: Annotated[_Text, typer.Option(metavar="N", help="Look-back of the gradient, in steps.")] = None,
+    k1: Annotated[_Text, typer.Option(metavar="N|LENGTH", help="Steps forward between two updates.")] = None,
+    k2: Annotated[
+        _Text,
+        typer.Option(
+            metavar="N|LENGTH", help="Look-back of the gradient, in steps, or a length as 'Adaptive(tolerance=0.1)'."
+        ),
+    ] = None,
     losses: Annotated[_Text, typer.Option(metavar="tail|all", help="With k2 < k1: which losses are learned.")] = None,
     replay: Annotated[
         _Text, typer.Option(metavar="recompute|retain", help="With k2 > k1: how the past is looked back through.")

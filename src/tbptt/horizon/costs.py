@@ -57,7 +57,7 @@ class Costs:
         return float(np.interp(lookback, self.lookbacks, values))
 
 
-def measure_costs(model: nn.Module, loss: StepLoss, place: Place, lookbacks: Sequence[int], rounds: int = 3) -> Costs:
+def measure_costs(model: nn.Module, loss: StepLoss, place: Place, lookbacks: Sequence[int], rounds: int = 5) -> Costs:
     """Measure the cost of an update of k1 = k2 = K steps, for each K, all in turn; medians.
 
     Cost: `rounds` + 2 updates for each look-back.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from tbptt.curve import Floats, dense, lag_grid, needed_lookback
@@ -75,8 +76,9 @@ def measure(
         gradients: whether to compare the parameters' gradients.
         context: whether to measure the loss with little context.
         costs: whether to measure time and memory of each look-back.
-        lyapunov: whether to measure the largest Lyapunov exponent, where the state of a lane has up to 512 numbers.
-        seed: of the places.
+        lyapunov: whether to measure the largest Lyapunov exponent, where the state of a lane has up to 512 numbers
+            and the model runs by single steps.
+        seed: of the places, and of what the model draws.
 
     Raises:
         ConfigError: settings that cannot be meant, or passes too short to look so far back.
@@ -104,15 +106,15 @@ def measure(
     device = next(model.parameters()).device
     try:
         with fork_random(device), left_as_it_was(model):
+            torch.manual_seed(seed)
             longest, notes = (
                 (max_lag, []) if max_lag is not None else _search(model, step_loss, stream, resolution, seed)
             )
             plan = _plan(longest, lookbacks, resolution, gradients, context)
             stream.load_state_dict(start)
             draws = np.random.default_rng(seed)
-            found = places(
-                model, step_loss, stream, plan.longest, probes, plan.longest if burn_in is None else burn_in, draws
-            )
+            before = plan.longest if burn_in is None else burn_in
+            found = places(model, step_loss, stream, plan.longest, probes, before, draws, resolution)
             seen = sample(model, step_loss, found, plan)
             statistics = None if seen.gradients is None else GradientStatistics(seen.gradients)
             if statistics is not None and not statistics.is_measurable:
@@ -134,7 +136,7 @@ def measure(
                 signed=None if statistics is None else statistics.signed(at),
                 context=None if seen.context is None else band(at, seen.context),
                 costs=measure_costs(model, step_loss, found[0], at) if costs else None,
-                lyapunov=_exponent(model, step_loss, stream, seed) if lyapunov else None,
+                lyapunov=_exponent(model, step_loss, stream, seed) if lyapunov and resolution == 1 else None,
                 loss=float(seen.losses.mean()),
                 learned=learned,
                 probes=probes,
@@ -166,7 +168,7 @@ def _search(model: nn.Module, loss: StepLoss, stream: Stream, resolution: int, s
         plan = _plan(longest, [longest], resolution, gradients=False, context=False)
         stream.load_state_dict(start)
         try:
-            found = places(model, loss, stream, longest, 4, longest, np.random.default_rng(seed))
+            found = places(model, loss, stream, longest, 4, longest, np.random.default_rng(seed), resolution)
         except ConfigError:
             if longest == _SHORTEST * resolution:
                 raise

@@ -204,7 +204,7 @@ def _head(report: HorizonReport) -> list[list[str]]:
     rows = [["look-back", "cut off", "bias", "95 %", "cosine", "loss with so much context", "ms", "MB"]]
     for index, steps in enumerate(report.lookbacks):
         row = [str(steps), f"{report.cut_off.mean[index]:.3g}"]
-        if report.bias is not None and report.cosine is not None:
+        if report.bias is not None and report.cosine is not None and not math.isnan(report.bias.mean[0]):
             low, high = report.bias.low[index], report.bias.high[index]
             row += [f"{report.bias.mean[index]:.3g}", f"{low:.2g}..{high:.2g}", f"{report.cosine.mean[index]:.3f}"]
         else:

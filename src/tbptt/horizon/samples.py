@@ -6,7 +6,7 @@ Letters: T time, B lanes, N probes, L longest lag, K lags or look-backs, M numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,14 +61,16 @@ class Place:
     """A place in the stream where a loss is sent back from.
 
     Args:
-        window: L steps, the loss that counts at the last of them.
+        window: L steps.
         state: the state before them, carried from the stream's beginning; None for the model's initial state.
         dims: the lane dimension of each tensor of the state.
+        early: how many steps before the last of them the loss is that counts; less than the resolution.
     """
 
     window: Window
     state: Tree | None
     dims: LaneDims | None
+    early: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +93,21 @@ class Samples:
 
 
 def places(
-    model: nn.Module, loss: StepLoss, stream: Stream, longest: int, count: int, burn_in: int, draws: np.random.Generator
+    model: nn.Module,
+    loss: StepLoss,
+    stream: Stream,
+    longest: int,
+    count: int,
+    burn_in: int,
+    draws: np.random.Generator,
+    resolution: int = 1,
 ) -> list[Place]:
     """Read the stream, carrying the state on, and return places `longest` steps or a little more apart.
 
     Args:
         burn_in: steps run before the first.
         draws: how far the places lie from each other, so that they do not fall into step with a period of the data.
+        resolution: all runs are of multiples of so many steps.
 
     Raises:
         ConfigError: a pass of the stream is too short.
@@ -108,11 +118,12 @@ def places(
     dims: LaneDims | None = None
     found: list[Place] = []
     empty = 0
-    gap = burn_in
+    near = -(-_NEAR // resolution) * resolution
+    gap = -(-burn_in // resolution) * resolution
     fresh = False  # whether this pass has just begun
     with torch.no_grad():
         while len(found) < count:
-            wanted = gap + longest + _NEAR
+            wanted = gap + longest + near
             try:
                 window = stream.read(wanted).to(device)
             except EndOfStream:
@@ -131,29 +142,31 @@ def places(
                 )
             fresh = False
             last = _last_target(loss, window, longest) if window.steps == wanted else None
+            whole = window.steps // resolution * resolution
             if last is None:
                 empty += 1
                 if empty > _TRIES:
                     raise StreamError(
-                        f"a target among {_NEAR + 1} consecutive steps was expected, but none came in {_TRIES} places",
+                        f"a target among {_NEAR} consecutive steps was expected, but none came in {_TRIES} places",
                         fix="check the stream's mask; tbptt.horizon needs losses to send back",
                     )
-                state = detach(unroll(model, window, state, dims)[1])
-                gap = int(draws.integers(longest))
+                state = detach(unroll(model, window[:whole], state, dims)[1]) if whole else state
+                gap = int(draws.integers(longest)) // resolution * resolution
                 continue
-            first = last + 1 - longest
+            end = -(-(last + 1) // resolution) * resolution
+            first = end - longest
             if first:
                 state = detach(unroll(model, window[:first], state, dims)[1])
-            found.append(Place(window[first : last + 1], state, dims))
+            found.append(Place(window[first:end], state, dims, end - 1 - last))
             state = detach(unroll(model, window[first:], state, dims)[1])
-            gap = int(draws.integers(longest))
+            gap = int(draws.integers(longest)) // resolution * resolution
     return found
 
 
 def _last_target(loss: StepLoss, window: Window, longest: int) -> int | None:
     valid, _ = loss.valid(window)
     steps = valid.any(1).nonzero().flatten().tolist()
-    return steps[-1] if steps and steps[-1] >= max(longest, window.steps - 1 - _NEAR) else None
+    return steps[-1] if steps and steps[-1] >= max(longest, window.steps - _NEAR) else None
 
 
 def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan) -> Samples:
@@ -204,11 +217,15 @@ class _Sent:
     ) -> None:
         longest = plan.longest
         window = place.window
-        past = Stretch(window[: longest - 1].without_targets(), place.state)
-        newest = window[longest - 1 :]
+        news = plan.lags[0]
+        past = Stretch(window[: longest - news].without_targets(), place.state)
+        newest = window[longest - news :]
+        only = torch.zeros_like(newest.mask)
+        only[news - 1 - place.early] = newest.mask[news - 1 - place.early]
+        newest = replace(newest, mask=only)
         cuts = [longest - lag for lag in plan.lags]
         valid, count = loss.valid(newest)
-        lanes = valid[0]
+        lanes = valid[news - 1 - place.early]
         if tap is None:
             chain, begins = run_chain(model, loss, past, newest, place.dims, cuts)
         else:
@@ -247,4 +264,5 @@ def _with_context(model: nn.Module, loss: StepLoss, place: Place, steps: int) ->
         window = place.window[place.window.steps - steps :]
         outputs, _ = unroll(model, window, None, place.dims)
         losses, valid = loss.by_step(outputs, window)
-        return float(losses[-1][valid[-1]].double().mean())
+        at = steps - 1 - place.early
+        return float(losses[at][valid[at]].double().mean())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from tbptt.estimators.base import Estimate
+from tbptt.tree import Tree
 
-__all__ = ["Monitor", "Plan", "Update", "Validation"]
+__all__ = ["Alarm", "Monitor", "Plan", "Update", "Validation"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What a run is going to do, told to monitors before the first update.
 
@@ -18,11 +22,13 @@ class Plan:
         update: the number of updates already made (more than 0 when the run was resumed).
         updates: the number of updates at which it ends, if it is known.
         lanes: sequences side by side.
+        weights: the model's trainable parameters as they are now, by name: references, not copies.
     """
 
     update: int
     updates: int | None
     lanes: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +43,9 @@ class Update:
         lanes: the number of lanes.
         estimate: the estimate after the guards; the one before them if the update was refused.
         applied: False when a guard refused it or there was no target in the window.
-        learning_rate: of the first parameter group.
+        learning_rate: of the first parameter group, with the estimate's `rate_factor`.
+        state: what the model carries on after this update, detached; None where it is not known.
+        weights: the model's trainable parameters as they are now, by name: references, not copies.
     """
 
     number: int
@@ -48,17 +56,30 @@ class Update:
     estimate: Estimate
     applied: bool
     learning_rate: float
+    state: Tree | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def refused(self) -> bool:
+        """Whether a guard left it out; a window without targets is not refused, there is nothing to learn from it."""
+        return not self.applied and self.estimate.num_injected > 0
+
+    def gradient_norm(self) -> float | None:
+        """Return the norm before clipping, as a guard measured it, or now; None when no loss was injected."""
+        estimate = self.estimate
+        if not estimate.num_injected:
+            return None
+        norm = estimate.metrics.get("gradient_norm")
+        return estimate.gradient_norm().item() if norm is None else norm
 
     def to_keep(self) -> Update:
-        """Return the update without its gradients, their norm measured, for a monitor that remembers it.
+        """Return the update without gradients, state and weights, the gradients' norm measured, to be remembered.
 
         Whoever keeps the update itself keeps memory as large as the model, through the next backward pass.
         """
-        estimate = self.estimate
-        measured = {}
-        if estimate.num_injected and "gradient_norm" not in estimate.metrics:
-            measured["gradient_norm"] = float(estimate.gradient_norm())
-        return replace(self, estimate=estimate.with_gradients({}, **measured))
+        norm = self.gradient_norm()
+        measured = {} if norm is None else {"gradient_norm": norm}
+        return replace(self, estimate=self.estimate.with_gradients({}, **measured), state=None, weights={})
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,26 @@ class Validation:
 
     number: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that goes wrong, and what to do about it.
+
+    Args:
+        name: what kind of thing, one of `tbptt.monitors.alarms.KINDS`.
+        update: the number of updates made when it was seen.
+        message: what was expected, what came, and why it matters.
+        fix: what to do, as code.
+    """
+
+    name: str
+    update: int
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at update {self.update}: {self.message}\nhint: {self.fix}"
 
 
 class Monitor:
@@ -80,6 +121,9 @@ class Monitor:
 
     def validation(self, validation: Validation) -> None:
         """See one validation."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Hear an alarm, after the update that raised it."""
 
     def message(self, text: str) -> None:
         """Hear of something that a person should know: a checkpoint written, an update refused."""

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-import torch
-from torch import Tensor
-
 from tbptt.errors import ConfigError
 from tbptt.monitors.base import Monitor, Plan, Update, Validation
+from tbptt.monitors.readings import LossSum
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +21,6 @@ __all__ = ["Progress"]
 
 _REDRAW_S = 0.25  # faster than this nobody reads
 _LINE_S = 5.0  # between plain lines, which stay in the log for ever
-_MOST_PENDING = 256  # losses kept as tensors, so that a device is not waited for at every update
 _SMOOTHING = 0.3  # weight of the newest rate
 
 
@@ -64,9 +61,8 @@ class Progress(Monitor):
 
     def _clear(self) -> None:
         self._last: Update | None = None
-        self._pending: list[Tensor] = []
-        self._loss_sum = 0.0
-        self._num_terms = self._num_updates = self._lane_steps = 0
+        self._losses = LossSum()
+        self._num_updates = self._lane_steps = 0
         self._num_refused = 0  # in the whole run, unlike the others
         self._update_rate = self._token_rate = math.nan
         self._loss = math.nan
@@ -93,16 +89,12 @@ class Progress(Monitor):
     def update(self, update: Update) -> None:
         """Count one update, and draw if it is time."""
         self._last = update.to_keep()
-        self._pending.append(update.estimate.loss_sum)
-        self._num_terms += update.estimate.num_terms
+        self._losses.add(update.estimate)
         self._num_updates += 1
         self._lane_steps += update.steps * update.lanes
-        if not update.applied and update.estimate.num_injected:
-            self._num_refused += 1
+        self._num_refused += update.refused
         if time.monotonic() - self._drawn_s >= self._every_s:
             self._draw()
-        elif len(self._pending) >= _MOST_PENDING:
-            self._settle()
 
     def validation(self, validation: Validation) -> None:
         """Keep the metrics in sight; as plain text, in a line of their own."""
@@ -127,21 +119,16 @@ class Progress(Monitor):
         finally:
             self._release()
 
-    def _settle(self) -> None:
-        if self._pending:
-            self._loss_sum += float(torch.stack(self._pending).double().sum())
-            self._pending.clear()
-
     def _draw(self) -> None:
         now_s = time.monotonic()
         since_s = max(now_s - self._drawn_s, 1e-9)  # a coarse clock may not have moved
-        self._settle()
-        self._loss = self._loss_sum / self._num_terms if self._num_terms else math.nan
+        loss = self._losses.mean()
+        self._loss = math.nan if loss is None else loss
         self._update_rate = _smooth(self._update_rate, self._num_updates / since_s)
         self._token_rate = _smooth(self._token_rate, self._lane_steps / since_s)
         self._drawn_s = now_s
-        self._loss_sum = 0.0
-        self._num_terms = self._num_updates = self._lane_steps = 0
+        self._losses = LossSum()
+        self._num_updates = self._lane_steps = 0
         update, updates = self._last, self._plan.updates
         if update is None or self._display is None:
             return
@@ -162,16 +149,13 @@ class Progress(Monitor):
                 return  # nothing to give back
 
     def _facts(self, update: Update, now_s: float) -> list[str]:
-        estimate, updates = update.estimate, self._plan.updates
-        norm = estimate.metrics.get("gradient_norm")
-        if norm is None and estimate.num_injected:
-            norm = estimate.gradient_norm().item()
+        updates, norm = self._plan.updates, update.gradient_norm()
         facts = [
             f"update {update.number}/{updates}" if updates else f"update {update.number}",
             f"loss {self._loss:.4f}" if self._loss == self._loss else "loss nan",
             f"{_quantity(self._token_rate)} tokens/s",
             f"gradient norm {norm:.3g}" if norm is not None else "no gradient",
-            f"look-back {estimate.lookback}",
+            f"look-back {update.estimate.lookback}",
         ]
         if self._num_refused:
             facts.append(f"{self._num_refused} refused")

@@ -6,15 +6,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.monitors.base import Monitor, Plan, Update, Validation
+from tbptt.monitors.readings import LossSum
 
 __all__ = ["TensorBoard"]
-
-_MOST_PENDING = 256  # losses kept as tensors, so that a device is not waited for at every update
 
 
 class TensorBoard(Monitor):
@@ -52,9 +48,7 @@ class TensorBoard(Monitor):
         self.directory = Path(directory)
         self.every = every
         self._writer: Any = None
-        self._pending: list[Tensor] = []
-        self._loss_sum = 0.0
-        self._num_terms = 0
+        self._losses = LossSum()
 
     def begin(self, plan: Plan) -> None:
         """Open a new event file."""
@@ -65,24 +59,18 @@ class TensorBoard(Monitor):
     def update(self, update: Update) -> None:
         """Count one update, and write a point if it is time."""
         estimate = update.estimate
-        self._pending.append(estimate.loss_sum)
-        self._num_terms += estimate.num_terms
-        due = update.number % self.every == 0
-        if due or len(self._pending) >= _MOST_PENDING:
-            self._loss_sum += float(torch.stack(self._pending).double().sum())
-            self._pending.clear()
-        if not due or self._writer is None:
+        self._losses.add(estimate)
+        if update.number % self.every or self._writer is None:
             return
         points: dict[str, float] = {
             "lookback": estimate.lookback,
             "learning_rate": update.learning_rate,
-            "refused": float(not update.applied and estimate.num_injected > 0),
+            "refused": float(update.refused),
         }
-        if self._num_terms:
-            points["loss"] = self._loss_sum / self._num_terms
-        if estimate.num_injected and "gradient_norm" not in estimate.metrics:
-            points["gradient_norm"] = estimate.gradient_norm().item()
-        self._loss_sum, self._num_terms = 0.0, 0
+        for name, value in (("loss", self._losses.mean()), ("gradient_norm", update.gradient_norm())):
+            if value is not None:
+                points[name] = value
+        self._losses = LossSum()
         self._add("train", estimate.metrics | points, update.number)
 
     def validation(self, validation: Validation) -> None:

@@ -1,0 +1,266 @@
+"""The page of a horizon: how far back the gradients go, and what each look-back costs and misses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tbptt.horizon import Band, HorizonReport, Recommendation
+from tbptt.report.figure import Axis, Figure, Trace, View, axes, band, finite_floor, line, lines, of_views, upright
+from tbptt.report.page import Page, Section
+from tbptt.report.series import Floats, Series
+from tbptt.report.strip import Strip, strips_html, strips_table
+from tbptt.report.table import Table
+
+__all__ = ["horizon_page"]
+
+_LOOKBACK = Axis("look-back, steps", "steps")
+
+
+def horizon_page(
+    report: HorizonReport, *, recommendation: Recommendation | None = None, strips: Sequence[Strip] = ()
+) -> Page:
+    """Return the page of what `tbptt.horizon.measure` found.
+
+    Args:
+        report: of it.
+        recommendation: `report.recommend(...)`, to be marked in the figures.
+        strips: for text: predictions, and what each past character did to them.
+    """
+    tables = {name: Table(name, columns, _CAPTIONS.get(name, name)) for name, columns in report.tables().items()}
+    sections = [
+        _lags(report, recommendation, [tables.pop(name) for name in ("lags", "input_lags") if name in tables]),
+        _strips(strips),
+        _bias(report, recommendation),
+        _signed(report, recommendation),
+        _context(report, recommendation),
+        _costs(report),
+        _numbers(report, recommendation, list(tables.values())),
+    ]
+    title = f"How far back {report.model} needs its gradients"
+    kept = [section for section in sections if section is not None]
+    return Page(
+        title, _summary(report, recommendation), kept, [f"{note[:1].upper()}{note[1:]}." for note in report.notes]
+    )
+
+
+_CAPTIONS = {
+    "lags": "Gradient of the state by lag",
+    "input_lags": "Gradient of the input by lag",
+    "lookbacks": "Look-backs compared",
+}
+
+
+def _summary(report: HorizonReport, chosen: Recommendation | None) -> str:
+    said: list[str] = []
+    if chosen is not None:
+        said.append(f"Use TBPTT(k1={chosen.k1}, k2={chosen.k2}).")
+        if not chosen.met:
+            said.append(f"That is what the limits allow; it does not meet the tolerance of {chosen.tolerance:g}.")
+        said += chosen.why[:1]
+    shares = [report.lag_of_share(share) for share in (0.5, 0.9, 0.99)]
+    said.append(
+        f"Half of the gradient lies within {shares[0]} steps, 90 % within {shares[1]} and 99 % within {shares[2]}, "
+        f"of {report.max_lag} measured."
+    )
+    if report.learned is False:
+        said.append("The model makes no use of its past yet, so all of this is a lower bound: train on, measure again.")
+    said.append(
+        f"Measured by {report.probes} losses in {report.lanes} {'lane' if report.lanes == 1 else 'lanes'} each."
+    )
+    return " ".join(said)
+
+
+def _lags(report: HorizonReport, chosen: Recommendation | None, tables: list[Table]) -> Section:
+    bands = [("of the state", report.state)] + ([] if report.inputs is None else [("of the input", report.inputs)])
+    floor = finite_floor(*(np.array(each.mean) for _, each in bands))
+    traces: list[Trace] = []
+    for index, (name, each) in enumerate(bands):
+        traces += _with_band(name, each, index, floor=floor, log_y=True)
+    traces += _chosen(chosen)
+    norm = Axis("gradient norm", "log")
+    views = [
+        View("linear lags", traces, Axis("lag, steps before the loss"), norm),
+        View("log lags", traces, Axis("lag, steps before the loss", "steps"), norm),
+    ]
+    text = (
+        f"The norm of the gradient of one loss with respect to the state, and to the input, so many steps before it: "
+        f"mean and 95 % interval over {report.probes} probes."
+    )
+    return Section("How far the gradient goes", figures=[of_views("Gradient by lag", text, views)], tables=tables)
+
+
+def _strips(strips: Sequence[Strip]) -> Section | None:
+    if not strips:
+        return None
+    text = (
+        "Each past character, coloured by its influence on one prediction: the stronger the colour, the larger the "
+        "gradient of that prediction's loss with respect to this character. The strength goes with the square root of "
+        "the influence, scaled in each strip by its largest; point at a character for the number."
+    )
+    return Section("What the prediction looks at", text, html=strips_html(strips), tables=[strips_table(strips)])
+
+
+def _bias(report: HorizonReport, chosen: Recommendation | None) -> Section | None:
+    if report.bias is None and not report.lookbacks:
+        return None
+    cut_off = report.cut_off
+    traces: list[Trace] = []
+    floor = finite_floor(np.array(cut_off.mean), *([] if report.bias is None else [np.array(report.bias.mean)]))
+    if report.bias is not None:
+        traces += _with_band("bias", _but_reference(report.bias), 0, floor=floor, log_y=True)
+    traces += lines("bound of the share cut off", _series(cut_off), 1, log_y=True, mode="lines+markers")
+    traces += _chosen(chosen)
+    if chosen is not None:
+        ends = np.array([report.lookbacks[0], report.lookbacks[-1]], dtype=np.float64)
+        level = np.full(2, chosen.tolerance)
+        traces.append(line(f"tolerance {chosen.tolerance:g}", Series(ends, level), 5))
+    text = (
+        "The relative bias of the gradient of all parameters with this look-back, against that of the longest one, and "
+        "a bound of the share of the state's gradient that it cuts off. Both should lie below the tolerance."
+    )
+    figures = [Figure("Bias by look-back", text, traces, axes(_LOOKBACK, Axis("relative bias", "log")))]
+    against = _against_cost(report)
+    if against is not None:
+        figures.append(against)
+    if report.cosine is not None and np.isfinite(report.cosine.mean).any():
+        text = "The cosine of the angle between the two gradients: 1 for the same direction."
+        traces = [*_with_band("cosine", report.cosine, 0), *_chosen(chosen)]
+        figures.append(Figure("Direction by look-back", text, traces, axes(_LOOKBACK, Axis("cosine"))))
+    return Section("What a look-back misses", figures=figures)
+
+
+def _against_cost(report: HorizonReport) -> Figure | None:
+    costs = report.costs
+    if costs is None:
+        return None
+    held, label = report.cut_off, "bound of the share cut off"
+    if report.bias is not None and np.isfinite(report.bias.mean[:-1]).any():
+        held, label = _but_reference(report.bias), "bias"
+    values = dict(zip(held.at, held.mean, strict=True))
+    views: list[View] = []
+    for button, axis, amounts, scale in (
+        ("time", "time of an update, ms", costs.seconds, 1e3),
+        ("memory", "memory held, MB", costs.held_bytes, 1e-6),
+    ):
+        steps = [each for each in costs.lookbacks if each in values]
+        x = np.array([amounts[costs.lookbacks.index(each)] * scale for each in steps])
+        y = np.array([values[each] for each in steps])
+        points = Series(x, y)
+        drawn = np.isfinite(y) & (y > 0)
+        labels = [str(each) for each, kept in zip(steps, drawn.tolist(), strict=True) if kept]
+        traces = lines(label, points, 0, log_y=True)[1:]
+        labelled = line(label, points.where(drawn), 0, points=True, mode="lines+markers+text", text=labels)
+        labelled |= {
+            "textposition": "top right",
+            "cliponaxis": False,
+            "hovertemplate": "k2 = %{text}<br>%{x}, %{y}<extra></extra>",
+        }
+        views.append(View(button, [labelled, *traces], Axis(axis, "log"), Axis(label, "log")))
+    text = "Each point is an update of so many steps, k1 = k2: lower is nearer to the full gradient, left is cheaper."
+    return of_views("Bias against cost", text, views)
+
+
+def _signed(report: HorizonReport, chosen: Recommendation | None) -> Section | None:
+    if report.signed is None:
+        return None
+    heading = "Where parts of the gradient cancel"
+    if not np.isfinite(report.signed.mean).any():
+        return Section(heading, "Not measurable here: the mean gradient does not stand out of the noise of the probes.")
+    traces = [*_with_band("share of the full gradient", report.signed, 0), *_chosen(chosen)]
+    text = (
+        "How much of the longest gradient, in its own direction, is there with this look-back: 1 is all of it. A curve "
+        "that falls, or overshoots, shows parts that cancel; below 0 the gradient points the wrong way."
+    )
+    figure = Figure("Signed share by look-back", text, traces, axes(_LOOKBACK, Axis("signed share")))
+    return Section(heading, figures=[figure])
+
+
+def _context(report: HorizonReport, chosen: Recommendation | None) -> Section | None:
+    if report.context is None:
+        return None
+    ends = np.array([report.context.at[0], report.context.at[-1]], dtype=np.float64)
+    traces = [
+        *_with_band("loss", report.context, 0),
+        line("with all of the past", Series(ends, np.full(2, report.loss)), 1),
+        *_chosen(chosen),
+    ]
+    text = (
+        "The loss of the same model when it sees only so many steps, from its initial state. Where the curve is flat "
+        "the model makes no use of what lies farther back."
+    )
+    figure = Figure("Loss by context", text, traces, axes(Axis("context, steps", "steps"), Axis("loss")))
+    return Section("What the model makes of its past", figures=[figure])
+
+
+def _costs(report: HorizonReport) -> Section | None:
+    costs = report.costs
+    if costs is None:
+        return None
+    x = np.array(costs.lookbacks, dtype=np.float64)
+    views = [
+        View(label, [line(label, Series(x, np.array(amounts) * scale), 0, points=True)], _LOOKBACK, Axis(axis))
+        for label, amounts, scale, axis in (
+            ("time", costs.seconds, 1e3, "time of an update, ms"),
+            ("memory", costs.held_bytes, 1e-6, "memory held, MB"),
+        )
+    ]
+    text = "Of one update of k1 = k2 steps, forward and back, without the optimizer; memory is what autograd holds."
+    return Section("What a look-back costs", figures=[of_views("Cost by look-back", text, views)])
+
+
+def _numbers(report: HorizonReport, chosen: Recommendation | None, tables: list[Table]) -> Section:
+    rows: dict[str, object] = {
+        "decay of the state's gradient, a step": report.decay_rate,
+        "half-life, steps": report.half_life,
+        "largest Lyapunov exponent, a step": report.lyapunov,
+        "mean loss": report.loss,
+        "uses its past": report.learned,
+        "probes": report.probes,
+        "lanes": report.lanes,
+        "longest lag, steps": report.max_lag,
+    }
+    facts = Table(
+        "facts", {"quantity": list(rows), "value": [_plain(value) for value in rows.values()]}, "Other facts", False
+    )
+    reasons = "\n\n".join(() if chosen is None else chosen.why)
+    return Section("Numbers and reasons", reasons, tables=[facts, *tables])
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "not measured"
+    return (
+        {True: "yes", False: "no"}[value]
+        if isinstance(value, bool)
+        else f"{value:.5g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _chosen(chosen: Recommendation | None) -> list[Trace]:
+    if chosen is None:
+        return []
+    found = [upright(f"chosen k2 = {chosen.k2}", chosen.k2, 2)]
+    return found + ([upright(f"needed {chosen.needed}", chosen.needed, 3)] if chosen.needed is not None else [])
+
+
+def _with_band(name: str, curve: Band, index: int, *, floor: float = -np.inf, log_y: bool = False) -> list[Trace]:
+    area = band(f"{name}, 95 %", *_arrays(curve), index, floor=floor)
+    return [area, *lines(name, _series(curve), index, log_y=log_y)]
+
+
+def _but_reference(bias: Band) -> Band:
+    """Return all but the longest look-back, which is 0 by definition and has no place on a logarithmic axis."""
+    return Band(bias.at[:-1], bias.mean[:-1], bias.low[:-1], bias.high[:-1])
+
+
+def _arrays(curve: Band) -> tuple[Floats, Floats, Floats]:
+    x, low, high = (np.array(each, dtype=np.float64) for each in (curve.at, curve.low, curve.high))
+    return x, low, high
+
+
+def _series(curve: Band) -> Series:
+    return Series(np.array(curve.at, dtype=np.float64), np.array(curve.mean, dtype=np.float64))
