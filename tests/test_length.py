@@ -158,11 +158,16 @@ class TestAdaptive:
         assert waits == [False] * 5 + [True]
         by_work = replace(self.policy, every=None)
         assert by_work.is_due(by_work.start())
-        state, _ = by_work.probed(by_work.start(), [1.0] * len(by_work.lags))
-        updates = 0
-        while not by_work.is_due(state):
-            state, updates = by_work.after(state, 50), updates + 1
-        assert updates * 50 >= 50 * by_work.max  # a probe is at most a fiftieth of the steps
+        state = by_work.start()
+        spacing: list[int] = []
+        for _ in range(12):
+            state, _ = by_work.probed(state, [1.0] * len(by_work.lags))
+            updates = 0
+            while not by_work.is_due(state):
+                state, updates = by_work.after(state, 50), updates + 1
+            spacing.append(updates)
+        assert spacing == sorted(spacing)  # sooner at first
+        assert spacing[-1] == max(300, math.ceil(40 * by_work.max / 50))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Aicher, Foti & Fox's fixed copy task (2019, section 5.2; m = 10): which look-back learns it, and does Adaptive?
 
-Their setting: a two-layer LSTM of 50 units, embedding 6, 64 lanes, epochs of 4000 steps, SGD with learning rate sqrt(K)
-on the mean loss, weight decay 1e-5, gradients clipped at norm 1 / K, windows of K steps with a look-back of 2 K. Adaptive
-starts from 15, is bounded by 2 and 100, with tolerance 0.1, and is not told the lag, 10. Measured is the perplexity of
-fresh test data after each epoch. Knowing all but the letters gives 1.866.
+Their setting: a two-layer LSTM of 50 units, embedding 6, 64 lanes, epochs of 4000 steps, SGD with learning rate
+sqrt(K) on the mean loss, weight decay 1e-5, gradients clipped at norm 1 / K, windows of K steps with a look-back of
+2 K. Adaptive starts from 15, is bounded by 2 and 100, with tolerance 0.1, and is not told the lag, 10. Measured is the
+perplexity of fresh test data after each epoch. Knowing all but the letters gives 1.866.
 
     python benchmarks/quality/copy.py [--seeds 3] [--processes 2]
 """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tbptt
 from tbptt import TBPTT, Adaptive, Choice, Length, Ramp, RandomLength, Window
+from tbptt.curve import lag_grid
 from tbptt.errors import ConfigError, ShapeError
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.probe import SPREAD, probe
@@ -115,7 +116,8 @@ def test_a_probe_is_the_gradient_of_single_losses_by_lag(name: str) -> None:
     """Each lane has one target, at another distance from the window's end."""
     torch.manual_seed(1)
     system = SYSTEMS[name]()
-    steps, lags = 60, (1, 2, 3, 7, 12, 30)
+    steps, lags = 60, (1, 2, 3, 7, 12, 33)
+    assert set(lags) <= set(lag_grid(33 + SPREAD, dense_up_to=8, ratio=1.25))
     recording = record(system, steps, masks=False, resets=False)
     recording.mask[:] = False
     recording.mask[steps - 1, 0] = recording.mask[steps - 6, 1] = True
@@ -136,9 +138,12 @@ def test_a_probe_is_the_gradient_of_single_losses_by_lag(name: str) -> None:
             found = torch.autograd.grad(total, states[at - lag + 1], retain_graph=True, allow_unused=True)
             parts = [part[lane].square().sum() for part in found if part is not None]
             wanted = float(sum(parts, torch.zeros(())).sqrt())
-            assert float(seen.norms[index, lane]) == pytest.approx(wanted, rel=1e-9, abs=1e-300), (lane, lag)
-            if lane == 1 and lag > 14:
-                assert wanted == 0
+            if lane == 0:  # its loss is at the window's end, where cuts are dense, or at one of them
+                assert float(seen.norms[index, lane]) == pytest.approx(wanted, rel=1e-9, abs=1e-300), (lane, lag)
+            elif lag <= 12:  # between two cuts
+                assert float(seen.norms[index, lane]) == pytest.approx(wanted, rel=0.5), (lane, lag)
+            elif lag > 20:  # a reset lies between
+                assert wanted == float(seen.norms[index, lane]) == 0
 
 
 def test_a_probe_waits_for_enough_steps_and_for_a_target() -> None:
@@ -225,7 +230,9 @@ def test_both_lengths_together_are_aichers_windows_or_plain_ones() -> None:
             estimate, carry = estimator.estimate(model, lambda o, t: (o - t).square(), carry, window)
         k1, k2 = estimate.metrics["k1"], estimate.metrics["k2"]
         assert (k1, k2) == ((k1, 2 * k1 - 1) if windows == "overlapping" else (k1, k1))
-        assert abs(k1 - (22 if windows == "overlapping" else 90)) <= 2
+        assert abs(k1 - (22 if windows == "overlapping" else 90)) <= (
+            1 if windows == "overlapping" else 5
+        )  # lags between cuts
 
 
 # In a run

@@ -65,7 +65,7 @@ def probe(
     Returns:
         None where there are too few steps for the longest lag, or no target.
 
-    Cost: one pass forward and back over lags[-1] + SPREAD steps, in as many pieces as that takes, about 60.
+    Cost: one pass forward and back over lags[-1] + SPREAD steps, in about 25 pieces.
     """
     steps = window.steps + (0 if past is None else past.window.steps)
     reached = lags[-1] + SPREAD
@@ -78,7 +78,7 @@ def probe(
         chosen, delays = _one_each(valid, draws)
         mask = torch.zeros_like(window.mask)
         mask[window.steps - spread :] = chosen
-        cuts = [steps - back for back in lag_grid(reached, dense_up_to=2 * SPREAD) if back <= steps]
+        cuts = [steps - back for back in lag_grid(reached, dense_up_to=8, ratio=1.25) if back <= steps]
         chain, begins = run_chain(model, loss, past, replace(window, mask=mask), dims, cuts)
         parameters: list[list[Tensor]] = [[]] * len(chain)
         found: dict[int, Tensor] = {}
@@ -184,5 +184,9 @@ def _aligned(found: dict[int, Tensor], delays: list[int], lags: Sequence[int]) -
     norms = torch.stack([found[each] for each in distances.tolist()]).cpu().numpy()
     if norms.shape[1] != len(delays):  # all lanes together, as far back as the newest loss
         delays = [min(delay for delay in delays if delay >= 0)]
-    columns = [np.interp(lags, distances - delay, norms[:, lane]) for lane, delay in enumerate(delays) if delay >= 0]
+    columns = []
+    for lane, delay in enumerate(delays):
+        if delay >= 0:  # what lies at or after the loss has no gradient
+            before = distances > delay
+            columns.append(np.interp(lags, distances[before] - delay, norms[before, lane]))
     return torch.from_numpy(np.stack(columns, axis=1))

@@ -15,11 +15,14 @@ from tbptt.length.base import Length, LengthState, RateScaling, check_scaling, c
 
 __all__ = ["Adaptive"]
 
-_PROBED_SHARE = 0.02
-"""Of the steps run forward and back, how many probes may take when `Adaptive.every` is left out; a probe's steps cost
-more, as they are run in many short pieces."""
+_STEPS_A_PROBE, _UPDATES_A_PROBE = 40, 300
+"""Where `Adaptive.every` is left out: a probe comes after so many times its steps have been run forward and back, and
+after so many updates. The first bounds its share of the time in large models, whose time goes into steps; the second in
+small ones, where a probe's many short pieces count."""
+_SETTLED = 4
+"""Probes after which they are so rare; before, they come sooner."""
 _NEWEST_PROBE = 0.25
-"""The weight of the newest probe in the running mean of the curve."""
+"""The weight of the newest probe in the running mean of the curve; of the first ones, that of a plain mean."""
 _CHANGE = 0.5
 """The share of the way, in log steps, that a length goes towards what the curve asks for."""
 
@@ -51,7 +54,8 @@ class Adaptive(Length):
         tolerance: of the relative bias, above 0 and below 1. Smaller is longer.
         min: the floor, steps.
         max: the longest, steps: of memory, too, are `max + k1 - 1` steps needed.
-        every: updates between two probes; left out: as often as keeps them to one step in fifty.
+        every: updates between two probes; left out: after 300 updates and 40 times
+            `max` steps, the first few sooner: well below 5 % of the time.
         first: steps at the start; left out: 16, within the bounds.
         windows: "overlapping", every loss reaches kappa; or "plain", k1 = k2, in the mean over a window's losses.
         scale_rate: what the learning rate does as the length changes, relative to `first`: "none"; "sqrt", as in the
@@ -62,7 +66,7 @@ class Adaptive(Length):
 
     Exactness: biased, up to `tolerance` where the curve decays geometrically and no sign cancels; the closed form
         is in tests/test_length.py.
-    Cost: a probe is a forward and a backward pass over `max` steps, in about 50 pieces, with memory of `max` steps;
+    Cost: a probe is a forward and a backward pass over `max` steps, in about 25 pieces, with memory of `max` steps;
         the inputs of the last `max` steps are kept between.
     Reference: Aicher, Foti & Fox (2019), "Adaptively truncating backpropagation through time to control gradient
         bias", arXiv:1905.07473. There one probe an epoch on other sequences, no floor, no damping.
@@ -115,7 +119,7 @@ class Adaptive(Length):
     @property
     def lags(self) -> tuple[int, ...]:
         """The lags at which the curve is kept."""
-        return lag_grid(self.max)
+        return lag_grid(self.max, dense_up_to=8, ratio=1.25)
 
     @property
     def start_length(self) -> int:
@@ -124,7 +128,7 @@ class Adaptive(Length):
 
     def start(self) -> LengthState:
         """Return the state before the first update; the first probe is due at once."""
-        return LengthState(length=float(self.start_length), waited=self.every or 0, worked=self._work_between_probes)
+        return LengthState(length=float(self.start_length), waited=self.every or 0)
 
     def now(self, state: LengthState) -> int:
         """Return the length in force."""
@@ -134,11 +138,8 @@ class Adaptive(Length):
         """Tell whether it is time for a probe."""
         if self.every is not None:
             return state.waited >= self.every
-        return state.worked >= self._work_between_probes
-
-    @property
-    def _work_between_probes(self) -> int:
-        return round(self.max / _PROBED_SHARE)
+        share = min(1.0, state.probes / _SETTLED)
+        return state.worked >= share * _STEPS_A_PROBE * self.max and state.waited >= share * _UPDATES_A_PROBE
 
     def probed(self, state: LengthState, norms: Sequence[float]) -> tuple[LengthState, int]:
         """Take in the norms of one probe.
@@ -152,7 +153,8 @@ class Adaptive(Length):
         new = np.asarray(norms, dtype=np.float64)
         if not np.isfinite(new).all():  # an update that explodes is for the guards to say; no length follows from it
             return replace(state, waited=0, worked=0), self.now(state)
-        mean = new if not state.norms else (1 - _NEWEST_PROBE) * np.asarray(state.norms) + _NEWEST_PROBE * new
+        weight = max(_NEWEST_PROBE, 1 / (state.probes + 1))
+        mean = new if not state.norms else (1 - weight) * np.asarray(state.norms) + weight * new
         kappa = self.needed(mean)
         length = math.exp((1 - _CHANGE) * math.log(state.length) + _CHANGE * math.log(kappa))
         return replace(
