@@ -52,6 +52,23 @@ class Nested(nn.Module):
         return torch.stack(outputs), {"fast": fast, "more": {"trace": trace}, "none": None}
 
 
+class Leaking(nn.Module):
+    """h' = beta h + w x, shown as it is: the gradient of the state by lag is beta^k times that of the loss."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1).double())
+        self.beta = beta
+
+    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = inputs.new_zeros(inputs.shape[1]) if state is None else state
+        outputs = []
+        for step in inputs:
+            state = self.beta * state + self.weight * step[:, 0]
+            outputs.append(state)
+        return torch.stack(outputs), state
+
+
 @dataclass(frozen=True)
 class System:
     model: nn.Module

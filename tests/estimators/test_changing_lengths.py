@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from systems import SYSTEMS, B, D, H, record, relative, squared
+from systems import SYSTEMS, B, D, H, Leaking, record, relative, squared
 from torch import Tensor, nn
 
 import tbptt
@@ -187,30 +187,13 @@ def test_probing_disturbs_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-class Leaking(nn.Module):
-    """h' = beta h + x, seen through a weight: the state's gradient by lag is beta^k."""
-
-    def __init__(self, beta: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1).double())
-        self.beta = beta
-
-    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        state = inputs.new_zeros(inputs.shape[1]) if state is None else state
-        outputs = []
-        for step in inputs:
-            state = self.beta * state + self.weight * step
-            outputs.append(state)
-        return torch.stack(outputs), state
-
-
 @pytest.mark.parametrize(("beta", "steps"), [(0.9, 22), (0.6, 5), (0.3, 3)])
 def test_adaptive_finds_what_a_known_decay_needs(beta: float, steps: int) -> None:
     torch.manual_seed(0)
     model, estimator = Leaking(beta), TBPTT(3, Adaptive(tolerance=0.1, min=2, max=120, every=1))
     carry = estimator.init(model, B)
     for _ in range(120):
-        window = Window(torch.randn(3, B).double(), torch.randn(3, B).double())
+        window = Window(torch.randn(3, B, 1).double(), torch.randn(3, B).double())
         estimate, carry = estimator.estimate(model, lambda o, t: (o - t).square(), carry, window)
     assert abs(estimate.metrics["needed_lookback"] - steps) <= 1
     assert estimate.metrics["decay_rate"] == pytest.approx(beta, rel=0.1)  # phi_0 is taken from phi_1
@@ -226,7 +209,7 @@ def test_both_lengths_together_are_aichers_windows_or_plain_ones() -> None:
         carry = estimator.init(model, B)
         for _ in range(150):
             steps = estimator.next_steps(carry)
-            window = Window(torch.randn(steps, B).double(), torch.randn(steps, B).double())
+            window = Window(torch.randn(steps, B, 1).double(), torch.randn(steps, B).double())
             estimate, carry = estimator.estimate(model, lambda o, t: (o - t).square(), carry, window)
         k1, k2 = estimate.metrics["k1"], estimate.metrics["k2"]
         assert (k1, k2) == ((k1, 2 * k1 - 1) if windows == "overlapping" else (k1, k1))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from systems import Leaking
 from torch import Tensor, nn
 
 import tbptt
@@ -100,23 +101,6 @@ def test_a_short_curve_with_a_memory_limit_gives_the_longest_that_fits_and_says_
 
 
 # Closed forms
-
-
-class Leaking(nn.Module):
-    """h' = beta h + w x, shown as it is: the gradient by lag is beta^k times that of the loss."""
-
-    def __init__(self, beta: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1).double())
-        self.beta = beta
-
-    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        state = inputs.new_zeros(inputs.shape[1]) if state is None else state
-        outputs = []
-        for step in inputs:
-            state = self.beta * state + self.weight * step[:, 0]
-            outputs.append(state)
-        return torch.stack(outputs), state
 
 
 @pytest.mark.parametrize(("beta", "tolerance", "steps"), [(0.9, 0.1, 22), (0.9, 0.5, 7), (0.6, 0.1, 5)])

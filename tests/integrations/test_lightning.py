@@ -34,6 +34,7 @@ ESTIMATORS = [
     tbptt.TBPTT(8, 8),
     tbptt.TBPTT(8, 13),
     tbptt.TBPTT(8, 13, replay="retain"),
+    tbptt.TBPTT(tbptt.RandomLength(8, deviation=2), tbptt.Adaptive(max=20, every=5)),
 ]
 
 
@@ -51,7 +52,7 @@ def test_it_does_what_our_trainer_does(estimator: tbptt.Estimator) -> None:
 
 @pytest.mark.parametrize(
     ("step", "estimator"),
-    [*((87, each) for each in ESTIMATORS), (1, ESTIMATORS[-1]), (101, ESTIMATORS[-1])],  # a pass has 101 windows
+    [*((87, each) for each in ESTIMATORS), (1, ESTIMATORS[-2]), (101, ESTIMATORS[-2])],  # a pass has 101 windows
     ids=str,
 )
 def test_a_run_in_pieces_is_a_run_in_one(tmp_path: Path, estimator: tbptt.Estimator, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning_nets import Model, Net, checkpoint, fit, guards, ours, stream, trainer  # noqa: E402
 
 from tbptt.integrations.lightning import TBPTTMixin  # noqa: E402
+from tbptt.integrations.lightning.refusals import refuse_lengths  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,6 +42,15 @@ def test_a_model_that_forgets_its_state_is_refused() -> None:
     with pytest.raises(CheckError, match="forgets to pass its state on"):
         fit(net, max_steps=3)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_lengths_that_follow_the_data_are_refused_on_several_ranks() -> None:
+    two = SimpleNamespace(world_size=2)
+    adaptive = tbptt.TBPTT(8, tbptt.Adaptive())
+    with pytest.raises(ConfigError, match="2 ranks"):
+        refuse_lengths(adaptive, two)
+    refuse_lengths(tbptt.TBPTT(tbptt.RandomLength(8), 16), two)  # drawn alike on all
+    refuse_lengths(adaptive, SimpleNamespace(world_size=1))
 
 
 def test_the_check_disturbs_nothing() -> None:

@@ -18,6 +18,7 @@ from tbptt.errors import CheckpointError, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimator
 from tbptt.guards.base import Guard
 from tbptt.integrations.lightning.ranks import any_rank
+from tbptt.integrations.lightning.refusals import refuse_lengths
 from tbptt.loss import Loss, StepLoss
 from tbptt.randomness import random_state, set_random_state
 from tbptt.streams.base import Stream
@@ -69,9 +70,11 @@ class Course:
             self.stream = _stream_of_rank(self.source, trainer)
             self.place = self.stream.state_dict()
             self.carry = self.estimator.init(module, self.stream.lanes)
+            refuse_lengths(self.estimator, trainer)
             if self.checked:
-                steps = self.estimator.next_steps(self.carry)
-                check_on_stream(module, self.stream, self.estimator, steps).raise_if_failed()
+                estimator = self.estimator.fixed(self.carry)
+                steps = estimator.next_steps(self.carry)
+                check_on_stream(module, self.stream, estimator, steps).raise_if_failed()
         if trainer.ckpt_path is not None:
             self._restore(trainer, device)
         self.loaded, self.begun = None, True

@@ -18,6 +18,7 @@ from tbptt.guards.nonfinite import NonFinite
 from tbptt.integrations.lightning.course import Course, StreamOfRank
 from tbptt.integrations.lightning.ranks import over_ranks
 from tbptt.integrations.lightning.refusals import plateaus, refuse_optimizers, refuse_overridden, refuse_settings
+from tbptt.length import scaled_rate
 from tbptt.loss import Loss
 from tbptt.streams.base import Stream
 from tbptt.tree import all_finite
@@ -217,7 +218,8 @@ class TBPTTMixin(LightningModule):
         estimate = guarded(raw, course.guards)
         if estimate is not None and estimate.num_injected:
             estimate.apply(self)
-            optimizer.step()
+            with scaled_rate(optimizer.optimizer, own.rate_factor):
+                optimizer.step()
         if estimate is not None or all_finite(carry.state):
             course.carry = carry  # else: a refused window that broke the state counts as never seen
         return raw, estimate

@@ -11,8 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tbptt.errors import ConfigError
+from tbptt.estimators import Estimator
+from tbptt.length import Adaptive
 
-__all__ = ["plateaus", "refuse_optimizers", "refuse_overridden", "refuse_settings"]
+__all__ = ["plateaus", "refuse_lengths", "refuse_optimizers", "refuse_overridden", "refuse_settings"]
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 _NOT_CALLED = {
@@ -23,6 +25,21 @@ _NOT_CALLED = {
     "optimizer_step": "self.use_tbptt(..., guards=[...]) for what is done to gradients before the step",
     "optimizer_zero_grad": "leave it out: gradients are replaced, not added up",
 }
+
+
+def refuse_lengths(estimator: Estimator, trainer: Trainer) -> None:
+    """Refuse lengths that follow the data where there are several ranks, each with data of its own.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    adaptive = [each for each in vars(estimator).values() if isinstance(each, Adaptive)]
+    if adaptive and trainer.world_size > 1:
+        raise ConfigError(
+            f"lengths that are the same on all {trainer.world_size} ranks were expected, but {adaptive[0]} follows the "
+            "data of its own rank: windows would not be alike, and ranks would wait for each other forever",
+            fix="tbptt.horizon.measure(...).recommend(0.1) for a fixed one, or devices=1",
+        )
 
 
 class _Refused(NamedTuple):
