@@ -121,8 +121,11 @@ RUNS: dict[str, Run] = {
         lambda: layer(10, 10, 48, 16), lambda: CopyTask(5, 16), CE, TBPTT(8, 40), 4000, adam=5e-3
     ),
     "healthy: adding, LSTM, 16/64": Run(lambda: layer(2, 1, 48), lambda: Adding(30, 16), MSE, TBPTT(16, 64), 3000),
-    "explosion: ecg, RNN, 8/64, learning rate 1": Run(
-        lambda: layer(2, 1, 32, core="rnn"), beats, BCE, TBPTT(8, 64), 1000, sgd=1.0
+    "explosion: ecg, RNN, 8/32, SGD, learning rate 1": Run(
+        lambda: layer(2, 1, 32, core="rnn"), beats, BCE, TBPTT(8, 32), 1500, sgd=1.0
+    ),
+    "explosion: ecg, GRU, 8/32, SGD, learning rate 3": Run(
+        lambda: layer(2, 1, 32, core="gru"), beats, BCE, TBPTT(8, 32), 2500, sgd=3.0
     ),
     "explosion: recall, ReLU, spectral radius 1.8": Run(
         lambda: Recurrent(8, 48, 1.8, "relu"), recall, CE, TBPTT(4, 32), 200, sgd=0.0

@@ -1,18 +1,25 @@
-"""How far back the gradient goes, as training goes: its norm by lag, as JSON lines."""
+"""How far back the gradient goes, as training goes: its norm by lag, as JSON lines.
+
+Letters: T time, B lanes, K lags.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from tbptt.curve import dense, lag_grid, needed_lookback
 from tbptt.errors import ConfigError, EndOfStream
-from tbptt.estimators.probe import SPREAD, Probe, probe
+from tbptt.estimators.probe import SPREAD, lane_norms, run_chain
+from tbptt.estimators.segments import walk_back
 from tbptt.loss import Loss, StepLoss
-from tbptt.model import find_lane_dims
+from tbptt.model import find_lane_dims, fork_random, left_as_it_was
 from tbptt.monitors.base import Monitor, Plan, Update
 from tbptt.monitors.lines import Lines, check_every, json_number
 from tbptt.streams.base import Stream
@@ -30,12 +37,12 @@ class LagCurves(Monitor):
     For seeing the horizon open as a model learns to look back, and close when it forgets how, whatever k1 and k2 are:
     a short curve at the start is that of a model that has learned nothing yet. A line has
 
-        kind ("lags"), update, lags (in steps), norms (of the gradient of one loss a lane, drawn among the last 16
-        steps of a piece of the stream, with respect to that lane's state so many steps before; mean over lanes),
-        needed_lookback (at a tolerance of 0.1; see `tbptt.curve.needed_lookback`; null when it is beyond max_lag, or
-        nothing arrives)
+        kind ("lags"), update, lags (in steps), norms (of the gradient of the losses of one step, drawn among the last
+        16 of a piece of the stream, each with respect to its lane's state so many steps before; mean over the lanes
+        that have a target there), needed_lookback (at a tolerance of 0.1; see `tbptt.curve.needed_lookback`; null when
+        it is beyond max_lag, or nothing arrives)
 
-    norms is null where the piece had no target. One piece is a noisy measure: look at several lines. Each piece
+    norms is null where these steps had no target. One step is a noisy measure: look at several lines. Each piece
     begins from the model's initial state and warms up over max_lag steps; the next line's begins where it ends, from
     the start of the stream again at the end of a pass. The model is run in the mode that it is in. Neither it nor its
     buffers, its mode or any random generator is changed. A killed and resumed run's file is that of one which never
@@ -53,8 +60,9 @@ class LagCurves(Monitor):
     Raises:
         ConfigError: `every` or `max_lag` cannot be meant.
 
-    Cost: for each line 2 max_lag steps forward and max_lag back, the latter in as many pieces as there are lags and 16
-        more; memory of max_lag steps.
+    Exactness: exact at each lag, with today's weights (tests/monitors/test_lags.py).
+    Cost: for each line 2 max_lag steps forward and max_lag back, the latter in as many pieces as there are lags, about
+        30; memory of max_lag steps.
 
     Example:
         >>> from tbptt.streams import ArrayStream
@@ -98,10 +106,8 @@ class LagCurves(Monitor):
         """Measure, and write a line, if it is time."""
         if update.number % self.every:
             return
-        lags = lag_grid(self.max_lag)
-        seen = self._probe(self._read(), lags, update.number)
-        norms: list[float] | None = None if seen is None else seen.norms.mean(1).tolist()
-        needed = None
+        lags, needed = lag_grid(self.max_lag), None
+        norms = self._norms(self._read(), lags, np.random.default_rng(update.number))
         if norms is not None and np.isfinite(norms).all():
             needed = needed_lookback(dense(lags, norms), _TOLERANCE)
         self._lines.write(
@@ -152,6 +158,25 @@ class LagCurves(Monitor):
             )
         return window.to(next(self.model.parameters()).device)
 
-    def _probe(self, window: Window, lags: tuple[int, ...], number: int) -> Probe | None:
+    def _norms(self, window: Window, lags: Sequence[int], draws: np.random.Generator) -> list[float] | None:
+        """Send the losses of one step back; None where there is none."""
+        valid, _ = self.loss.valid(window)
+        candidates = [step for step in range(window.steps - SPREAD, window.steps) if bool(valid[step].any())]
+        if not candidates:
+            return None
+        last = int(draws.choice(candidates))
         dims = find_lane_dims(self.model, window.inputs)
-        return probe(self.model, self.loss, None, window, dims, lags, np.random.default_rng(number))
+        mask = torch.zeros_like(window.mask)
+        mask[last] = valid[last]
+        piece = replace(window, mask=mask)[: last + 1]
+        norms: list[float] = []
+        with fork_random(mask.device), left_as_it_was(self.model), torch.enable_grad():
+            cuts = [piece.steps - lag for lag in lags]
+            chain, _ = run_chain(self.model, self.loss, None, piece, dims, cuts)
+            loss = chain[-1].loss
+            assert loss is not None
+            for step in walk_back(chain, [[]] * len(chain), torch.ones_like(loss), to_start=True):
+                by_lane = lane_norms(step.cotangent, chain[step.index].start, dims)
+                lanes = 1 if len(by_lane) == 1 else int(valid[last].sum())  # of the others nothing is in the sum
+                norms.append(float(by_lane.sum()) / lanes)
+        return norms

@@ -17,6 +17,8 @@ _NEWEST = 0.05
 """The weight of the newest look in running levels: they follow within about twenty looks."""
 _SETTLED = 5
 """Looks before a level says anything."""
+_RISEN = 3.0
+"""How many times what it was at first a loss must be to have risen: that of noisy data may double by itself."""
 _LARGE = 10.0
 """The root mean square of a state's values from which on it may be too large."""
 
@@ -83,39 +85,55 @@ class Watch(ABC):
 
 @final
 class Explosion(Watch):
-    """A gradient norm far above any level it has had, or a gradient that grows on its way back.
+    """A gradient norm far above any level it has had, a gradient that grows on its way back, or a loss that has risen.
 
     Args:
-        factor: how many times.
+        factor: how many times the highest level a norm must be.
+        growth: how many times the norm at the newest boundary that at the farthest must be.
     """
 
     name = "explosion"
 
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-        self._level, self._growth = Running(_NEWEST), Running(_NEWEST)  # of logarithms
-        self._highest: float | None = None  # that the level has been, once settled
+    def __init__(self, factor: float, growth: float) -> None:
+        self.factor, self.growth = factor, growth
+        self._level, self._growth, self._loss = Running(_NEWEST), Running(_NEWEST), Running(_NEWEST)  # of logarithms
+        self._highest: float | None = None  # that the level of the norm has been, once settled
+        self._first: float | None = None  # the level of the loss, once settled
 
     def look(self, seen: Look) -> Finding | None:
-        """Compare the norms with the highest level before them, and the boundaries with one another."""
-        logs = [math.log(norm) for norm in seen.norms if 0 < norm < math.inf]
-        highest, largest = self._highest, max(logs, default=-math.inf)
+        """Compare norms with the highest level before them, boundaries with one another, the loss with the first."""
+        highest, largest = self._highest, max(_logs(seen.norms), default=-math.inf)
+        self._learn(seen)
+        if self._growth.count >= _SETTLED and self._growth.mean > math.log(self.growth):
+            return self._on_its_way_back(seen)
+        if highest is not None and largest > highest + math.log(self.factor) and not seen.clipped:
+            return Finding(
+                f"a gradient norm near the highest level that it has had, {math.exp(highest):.3g}, was expected, but "
+                f"one of {math.exp(largest):.3g} came within the last {seen.num_updates} updates: a single such update "
+                "can undo all those before it",
+                f'guards=[tbptt.NonFinite("raise"), tbptt.ClipNorm({_round(2 * math.exp(highest))})]',
+            )
+        if self._first is not None and self._loss.mean > self._first + math.log(_RISEN):
+            return Finding(
+                f"a loss that falls was expected, but its level has risen from {math.exp(self._first):.4g} to "
+                f"{math.exp(self._loss.mean):.4g}: the updates are larger than what they were computed for holds",
+                f'a learning rate of {_round(seen.update.learning_rate / 10)}; guards=[tbptt.NonFinite("raise"), '
+                "tbptt.ClipNorm(1.0)]",
+            )
+        return None
+
+    def _learn(self, seen: Look) -> None:
+        logs = _logs(seen.norms)
         if logs:
             self._level.add(sum(logs) / len(logs))
         if logs and self._level.count >= _SETTLED:
-            self._highest = self._level.mean if highest is None else max(highest, self._level.mean)
+            self._highest = self._level.mean if self._highest is None else max(self._highest, self._level.mean)
         if seen.growth is not None:
-            self._growth.add(_log(seen.growth, self.factor**-2))
-        if self._growth.count >= _SETTLED and self._growth.mean > math.log(self.factor):
-            return self._on_its_way_back(seen)
-        if highest is None or largest <= highest + math.log(self.factor) or seen.clipped:
-            return None
-        return Finding(
-            f"a gradient norm near the highest level that it has had, {math.exp(highest):.3g}, was expected, but one "
-            f"of {math.exp(largest):.3g} came within the last {seen.num_updates} updates: a single such update can "
-            "undo all those before it",
-            f'guards=[tbptt.NonFinite("raise"), tbptt.ClipNorm({_round(2 * math.exp(highest))})]',
-        )
+            self._growth.add(_log(seen.growth, self.growth**-2))
+        if seen.loss is not None and 0 < seen.loss < math.inf:
+            self._loss.add(math.log(seen.loss))
+        if self._first is None and self._loss.count >= _SETTLED:
+            self._first = self._loss.mean
 
     def _on_its_way_back(self, seen: Look) -> Finding:
         times, num = math.exp(self._growth.mean), len(seen.boundary_norms)
@@ -128,13 +146,20 @@ class Explosion(Watch):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the levels."""
-        return {"level": self._level.state_dict(), "growth": self._growth.state_dict(), "highest": self._highest}
+        return {
+            "level": self._level.state_dict(),
+            "growth": self._growth.state_dict(),
+            "loss": self._loss.state_dict(),
+            "highest": self._highest,
+            "first": self._first,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the levels."""
         self._level.load_state_dict(state["level"])
         self._growth.load_state_dict(state["growth"])
-        self._highest = state["highest"]
+        self._loss.load_state_dict(state["loss"])
+        self._highest, self._first = state["highest"], state["first"]
 
 
 @final
@@ -343,6 +368,10 @@ class Drift(Watch):
 
 WATCHES: tuple[type[Watch], ...] = (Explosion, Vanishing, NonFiniteNumbers, Stalled, Drift)
 """All of them."""
+
+
+def _logs(norms: tuple[float, ...]) -> list[float]:
+    return [math.log(norm) for norm in norms if 0 < norm < math.inf]
 
 
 def _log(ratio: float, least: float) -> float:
