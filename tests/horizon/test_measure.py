@@ -73,15 +73,14 @@ def test_bias_of_influence_balancing() -> None:
     assert report.signed.value(40) < 0 < report.signed.value(41)
 
 
-@pytest.mark.parametrize("max_lag", [20, 40, 44, 48, 50])
+@pytest.mark.parametrize("max_lag", [20, 44, 50])
 def test_a_curve_too_short_for_influence_balancing_is_refused_rather_than_believed(max_lag: int) -> None:
     with pytest.raises(ConfigError, match="would be a guess") as refused:
         balancing(max_lag, probes=1).recommend(0.1)
     assert f"max_lag={2 * max_lag}" in refused.value.fix
 
 
-@pytest.mark.parametrize("context", [False, True])
-@pytest.mark.parametrize("max_lag", [55, 64, 72, 128, None])
+@pytest.mark.parametrize(("max_lag", "context"), [(55, True), (72, False), (128, False), (None, True)])
 def test_influence_balancing_never_gets_less_than_it_needs(max_lag: int | None, context: bool) -> None:
     """Its spectral radius is 0.5, a half-life of one step."""
     chosen = balancing(max_lag, context=context, probes=1).recommend(0.1)

@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +204,42 @@ def test_a_loss_that_cannot_fall_rings_and_one_that_falls_does_not() -> None:
     assert alarms_of(tbptt.Alarms(stalled=300), stream=echo, **settings) == []
 
 
-def test_a_loss_that_is_solved_is_not_stalled() -> None:
-    inputs, _ = rows(4000)
-    nothing = tbptt.ArrayStream(inputs, torch.zeros_like(inputs), lanes=4)
-    settings: dict[str, Any] = {"optimizer": torch.optim.Adam, "rate": 3e-2, "model": Model(0.0)}
-    trained = trainer(None, monitors=[alarms := tbptt.Alarms(stalled=300)], stream=nothing, **settings)
-    trained.run(updates=1200)
-    assert tbptt.evaluate(trained.model, nn.MSELoss(), nothing)["loss"] < 1e-5
-    assert alarms.raised == []
+@pytest.mark.parametrize(("left", "rings"), [(1e-2, True), (1e-4, False)])
+def test_a_loss_that_is_solved_is_not_stalled(left: float, rings: bool) -> None:
+    alarms = tbptt.Alarms(watch=("stalled",), stalled=300)
+    alarms.begin(Plan(0, None, 4))
+    for number in range(1, 4001):
+        alarms.update(update_of(number, loss=max(left, 0.98**number)))
+    assert [alarm.name for alarm in alarms.raised] == (["stalled"] if rings else [])
+
+
+def test_what_lasts_is_said_once_and_so_it_is_after_a_resume() -> None:
+    alarms = tbptt.Alarms(watch=("stalled",), stalled=300)
+    alarms.begin(Plan(0, None, 4))
+    drive(alarms, {}, 2500)
+    assert [alarm.update for alarm in alarms.raised] == [350]
+    resumed = tbptt.Alarms(watch=("stalled",), stalled=300)
+    resumed.load_state_dict(json.loads(json.dumps(alarms.state_dict())))
+    resumed.begin(Plan(2500, None, 4))
+    drive(resumed, {}, 5000, first=2501)
+    assert resumed.raised == alarms.raised
+
+
+@pytest.mark.parametrize(("size", "rings"), [(1.0, True), (1e-3, False)])
+def test_a_small_state_may_grow(size: float, rings: bool) -> None:
+    """That of a model which learns to use it does, to about 1."""
+
+    def run(norm: Callable[[int], float]) -> list[str]:
+        alarms = tbptt.Alarms(watch=("drift",))
+        alarms.begin(Plan(0, None, 4))
+        for number in range(1, 2001):
+            alarms.update(update_of(number, state=torch.full((4, 2), size * norm(number))))
+        return [alarm.name for alarm in alarms.raised]
+
+    expected = ["drift"] if rings else []
+    assert run(lambda number: number) == expected  # by 2 in each doubling: to 1.6, or to 1600
+    assert run(lambda number: 1e-2 if number < 500 else 5e3) == expected  # at once: to 5, or to 5000
+    assert run(lambda number: 100.0) == []
 
 
 @pytest.mark.parametrize(("leak", "rings"), [(1.0, True), (0.9999, True), (0.97, False)])
@@ -247,7 +275,7 @@ def update_of(number: int, **changes: Any) -> Update:
     norm, loss = changes.get("norm", 1.0), torch.tensor(changes.get("loss", 1.0))
     metrics = {"gradient_norm": norm}
     estimate = Estimate(None, loss, loss, 1, {}, 8, torch.tensor(changes.get("boundaries", [])), 1, metrics)
-    return Update(number, 0, 0, 4, 4, estimate, True, 0.1)
+    return Update(number, 0, 0, 4, 4, estimate, True, 0.1, state=changes.get("state"))
 
 
 def drive(alarms: tbptt.Alarms, norms: dict[int, float], last: int, first: int = 1) -> None:

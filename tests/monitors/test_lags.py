@@ -68,13 +68,13 @@ def test_the_norms_are_those_of_the_closed_form(tmp_path: Path, factor: float) -
 
 
 def test_they_are_those_of_autograd_over_the_whole_sequence(tmp_path: Path) -> None:
-    """A gated model, one loss a lane: each lane's gradient by a graph over all steps, cut nowhere."""
+    """A gated model: each lane's gradient by a graph over all steps, cut nowhere; one lane has no target there."""
     torch.manual_seed(3)
     model, max_lag = nn.GRU(1, 4).double(), 12
     mask = torch.zeros(3 * 100, dtype=torch.bool)
     steps = 2 * max_lag + 16
-    targets_at = [steps - 4, steps - 11, steps - 1]  # one target a lane: nothing is left to chance
-    for lane, step in enumerate(targets_at):
+    last = steps - 4  # the only step with targets near the end: nothing is left to chance
+    for lane, step in ((0, last), (2, last), (1, 5)):
         mask[lane * 100 + step] = True
     source = numbers(100, mask=mask)
 
@@ -89,13 +89,13 @@ def test_they_are_those_of_autograd_over_the_whole_sequence(tmp_path: Path) -> N
 
     window = numbers(100).read(steps)
     expected = torch.zeros(max_lag, dtype=torch.float64)
-    for lane, last in enumerate(targets_at):
+    for lane in (0, 2):
         states = [torch.zeros(1, 1, 4, dtype=torch.float64, requires_grad=True)]
         for step in range(last + 1):
             outputs, state = model(window.inputs[step : step + 1, lane : lane + 1], states[-1])
             states.append(state)
         gradients = torch.autograd.grad(outputs.square().sum(), states[-max_lag - 1 : -1])
-        expected += torch.stack([gradient.norm() for gradient in reversed(gradients)]) / 3
+        expected += torch.stack([gradient.norm() for gradient in reversed(gradients)]) / 2
     assert line["norms"] == pytest.approx(expected.tolist(), rel=1e-9)
 
 

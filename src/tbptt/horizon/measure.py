@@ -18,7 +18,7 @@ from tbptt.errors import ConfigError
 from tbptt.horizon.costs import measure_costs
 from tbptt.horizon.lyapunov import lyapunov_exponents
 from tbptt.horizon.report import HorizonReport
-from tbptt.horizon.samples import Plan, places, sample
+from tbptt.horizon.samples import Plan, Samples, places, sample
 from tbptt.horizon.statistics import GradientStatistics, band
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
@@ -68,7 +68,7 @@ def measure(
         loss: as for training.
         stream: data like those of training. Its passes must be longer than max_lag and the burn-in.
         max_lag: how far back, steps, at least 2. Memory for so many is needed. Left out: doubled from 64, up to 1024,
-            until a look-back of half of it cuts off less than 1 %.
+            until a look-back of half of it cuts off less than 1 %, and is context enough.
         probes: losses sent back; at least 3 for an uncertainty.
         lookbacks: the look-backs whose gradients are compared; left out: about four to a doubling.
         resolution: the steps between two lags, for models that take no shorter chunks.
@@ -165,7 +165,7 @@ def _search(model: nn.Module, loss: StepLoss, stream: Stream, resolution: int, s
     start = stream.state_dict()
     longest = _SHORTEST * resolution
     while True:
-        plan = _plan(longest, [longest], resolution, gradients=False, context=False)
+        plan = _plan(longest, [resolution, longest // 2, longest], resolution, gradients=False, context=True)
         stream.load_state_dict(start)
         try:
             found = places(model, loss, stream, longest, 4, longest, np.random.default_rng(seed), resolution)
@@ -174,13 +174,22 @@ def _search(model: nn.Module, loss: StepLoss, stream: Stream, resolution: int, s
                 raise
             longest //= 2
             return longest, [f"max_lag={longest} is the longest that a pass of the stream leaves room for"]
-        norms = sample(model, loss, found, plan).state.mean(0)
+        seen = sample(model, loss, found, plan)
+        norms = seen.state.mean(0)
         enough = needed_lookback(dense(plan.lags, norms), _SEARCH_TOLERANCE) if norms.any() else 1
-        if enough is not None and enough <= longest // 2:
+        if enough is not None and enough <= longest // 2 and not _wants_more_context(seen):
             return longest, []
         if longest >= _LONGEST * resolution:
             return longest, [f"max_lag={longest} is where the search ends; say max_lag to look farther back"]
         longest *= 2
+
+
+def _wants_more_context(seen: Samples) -> bool:
+    """Tell whether the loss with half of the longest lag as context is higher than with all of the past."""
+    assert seen.context is not None
+    alone, half, _ = seen.context.mean(0)
+    whole = seen.losses.mean()
+    return bool(half - whole > max(0.05 * (alone - whole), 0.01 * abs(whole)))
 
 
 def _plan(longest: int, lookbacks: Sequence[int] | None, resolution: int, gradients: bool, context: bool) -> Plan:

@@ -67,7 +67,8 @@ class Need:
         by_bias: the shortest from which on no look-back is shown (at 95 %) to bias the parameters' gradient by more;
             0 where that was not measured or cannot be told from noise; None where even the longest but one is.
         by_context: the shortest with which the model, seeing no more than that, has all but the tolerance of what its
-            past is worth to its loss; 0 where that was not measured, or is nothing.
+            past is worth to its loss; 0 where that was not measured, or is nothing; None where the longest is not
+            enough.
         longest: the longest lag measured.
     """
 
@@ -75,7 +76,7 @@ class Need:
     low: int
     high: int | None
     by_bias: int | None
-    by_context: int
+    by_context: int | None
     longest: int
 
     @property
@@ -84,16 +85,16 @@ class Need:
 
         A relative bias means nothing there: what is cut off is noise as well.
         """
-        return self.by_context > 0 and self.by_bias == 0
+        return self.by_context != 0 and self.by_bias == 0
 
     @property
     def steps(self) -> int | None:
         """The longest of those that say something; None where one of them is beyond what was measured."""
         if self.is_settled:
             return self.by_context
-        return (
-            None if self.by_mass is None or self.by_bias is None else max(self.by_mass, self.by_bias, self.by_context)
-        )
+        if self.by_mass is None or self.by_bias is None or self.by_context is None:
+            return None
+        return max(self.by_mass, self.by_bias, self.by_context)
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,10 @@ def _by_bias(bias: Band, tolerance: float) -> int | None:
     return None if too_short[-1] >= len(bias.at) - 2 else bias.at[too_short[-1] + 1]
 
 
-def _by_context(context: Band, loss: float, tolerance: float) -> int:
+def _by_context(context: Band, loss: float, tolerance: float) -> int | None:
     worth = context.mean[0] - loss
     too_short = [index for index, mean in enumerate(context.mean) if not mean - loss <= tolerance * worth]
-    return context.at[min(too_short[-1] + 1, len(context.at) - 1)]
+    return None if too_short[-1] == len(context.at) - 1 else context.at[too_short[-1] + 1]
 
 
 def choose(needed: Need, costs: Costs | None, limits: Limits, tolerance: float, learned: bool | None) -> Recommendation:
@@ -182,7 +183,7 @@ def choose(needed: Need, costs: Costs | None, limits: Limits, tolerance: float, 
     steps = needed.steps
     if steps is None and cap is None:
         raise ConfigError(
-            f"a gradient that falls within the {needed.longest} lags measured was expected, but beyond them lies more "
+            f"a dependency that ends within the {needed.longest} lags measured was expected, but beyond lies more "
             f"of it than a tolerance of {tolerance:g} allows: any k2 would be a guess",
             fix=f"tbptt.horizon.measure(..., max_lag={2 * needed.longest}); or recommend(..., memory=...) for the "
             "longest that fits",
@@ -221,7 +222,9 @@ def _reasons(needed: Need, tolerance: float) -> list[str]:
             f"A look-back of {needed.by_mass} steps (95 %: {needed.low} to {high}) cuts off less than {tolerance:g} of "
             "the state's gradient"
         )
-    if needed.by_context:
+    if needed.by_context is None:
+        why.append(f"The model makes use of more context than the longest measured, {needed.longest} steps.")
+    elif needed.by_context:
         why.append(
             f"With {needed.by_context} steps of context the model's loss is within {tolerance:g} of what all of its "
             "past is worth."

@@ -42,11 +42,11 @@ class LagCurves(Monitor):
         that have a target there), needed_lookback (at a tolerance of 0.1; see `tbptt.curve.needed_lookback`; null when
         it is beyond max_lag, or nothing arrives)
 
-    norms is null where these steps had no target. One step is a noisy measure: look at several lines. Each piece
-    begins from the model's initial state and warms up over max_lag steps; the next line's begins where it ends, from
-    the start of the stream again at the end of a pass. The model is run in the mode that it is in. Neither it nor its
-    buffers, its mode or any random generator is changed. A killed and resumed run's file is that of one which never
-    stopped.
+    Where the state's lanes are not known they are taken together. norms is null where these steps had no target. One
+    step is a noisy measure: look at several lines. Each piece begins from the model's initial state and warms up over
+    max_lag steps or more; the next line's begins where it ends, from the start of the stream again at the end of a
+    pass. The model is run in the mode that it is in. Neither it nor its buffers, its mode or any random generator is
+    changed. A killed and resumed run's file is that of one which never stopped.
 
     Args:
         model: the model that is trained.
