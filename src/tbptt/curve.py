@@ -14,7 +14,17 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Floats", "cut_off", "decay_rate", "dense", "lag_grid", "needed_lookback", "needed_window", "relative_bound"]
+__all__ = [
+    "Floats",
+    "cut_off",
+    "decay_rate",
+    "dense",
+    "interpolated",
+    "lag_grid",
+    "needed_lookback",
+    "needed_window",
+    "relative_bound",
+]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -44,11 +54,18 @@ def dense(lags: Sequence[int], norms: Sequence[float] | Floats) -> Floats:
         lags: rising, from 0 or 1 on.
         norms: phi at those lags, 0 or more.
     """
-    values = np.asarray(norms, dtype=np.float64)
-    every = np.arange(lags[-1] + 1)
-    linear = np.interp(every, lags, values)
+    return interpolated(range(lags[-1] + 1), lags, norms)
+
+
+def interpolated(at: Sequence[int], known: Sequence[int], values: Sequence[float] | Floats) -> Floats:
+    """Return values at some lags from those at `known` ones: geometric between two, linear next to a zero.
+
+    Before the first and after the last known lag the value is that of the nearest.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    linear = np.interp(at, known, values)
     with np.errstate(divide="ignore", invalid="ignore"):
-        geometric = np.exp(np.interp(every, lags, np.log(values)))
+        geometric = np.exp(np.interp(at, known, np.log(values)))
     return np.where(np.isfinite(geometric) & (geometric > 0), geometric, linear)
 
 

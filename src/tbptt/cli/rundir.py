@@ -2,7 +2,7 @@
 
 config.toml    the whole configuration of the run, to be read and to start others from
 run.json       what the run was started with, and what is known of its data
-checkpoints/   metrics.jsonl   timing.jsonl   tensorboard/
+checkpoints/   metrics.jsonl   timing.jsonl   stability.jsonl   tensorboard/
 """
 
 from __future__ import annotations

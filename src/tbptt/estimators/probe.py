@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tbptt.curve import lag_grid
+from tbptt.curve import interpolated, lag_grid
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.segments import Gradients, Segment, walk_back
 from tbptt.loss import StepLoss
@@ -188,5 +188,6 @@ def _aligned(found: dict[int, Tensor], delays: list[int], lags: Sequence[int]) -
     for lane, delay in enumerate(delays):
         if delay >= 0:  # what lies at or after the loss has no gradient
             before = distances > delay
-            columns.append(np.interp(lags, distances[before] - delay, norms[before, lane]))
+            known = (distances[before] - delay).tolist()
+            columns.append(interpolated(lags, known, norms[before, lane]))
     return torch.from_numpy(np.stack(columns, axis=1))

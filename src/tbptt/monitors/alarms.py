@@ -57,7 +57,7 @@ class Alarms(Monitor):
         watch: the kinds to watch for; none: `watch=()`.
         every: updates between two looks, 1 or more.
         explosion: how many times the highest level, above 1. The default's origin: unclipped runs that learn well
-            had single norms of up to 100 and 200 times, and were none the worse (docs/monitors.md).
+            have single norms of up to 67 times (benchmarks/results/quality_alarms.json), with other seeds more.
         growth: how many times the newest boundary's, above 1; healthy runs stay below 1.
         vanishing: the share, above 0 and below 1. The default's origin: a hundredth of the relative bias of 0.1 with
             which `Adaptive` is content.
