@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tbptt
 from tbptt.errors import CapabilityError, ShapeError
-from tbptt.estimators import TBPTT, TBPTTCarry
+from tbptt.estimators import TBPTT, ChainCarry
 from tbptt.model import (
     find_lane_dims,
     initial_state,
@@ -182,7 +182,7 @@ def test_a_model_of_one_number_of_lanes_and_one_that_cannot_be_run() -> None:
     wrong = Window(torch.zeros(T, B, D + 1), torch.zeros(T, B, H))
     assert find_lane_dims(nn.GRU(D, H), wrong.inputs) is None
     with pytest.raises(RuntimeError, match=r"input\.size"):  # of the model itself, seen by the user
-        TBPTT(T, T).estimate(nn.GRU(D, H), nn.MSELoss(), TBPTTCarry(B), wrong)
+        TBPTT(T, T).estimate(nn.GRU(D, H), nn.MSELoss(), ChainCarry(B), wrong)
     assert find_lane_dims(InPairs(D, H), torch.zeros(4, B, D)) == (1,)  # not to be run for one step
 
     class Stateless(nn.Linear):

@@ -197,6 +197,22 @@ def fork_random(device: torch.device) -> Generator[None]:
         yield
 
 
+def random_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the random generators, of the CPU and of `device`."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@contextmanager
+def random_from(states: list[Tensor], device: torch.device) -> Generator[None]:
+    """Draw the random numbers that were drawn then, and leave the generators as they are now."""
+    with fork_random(device):
+        torch.set_rng_state(states[0].cpu())
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state.cpu(), device)
+        yield
+
+
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Generator[None]:
     """Leave the model's buffers and attributes as they were, but for objects that are written into.

@@ -6,6 +6,7 @@ Letters: B lanes, K boundaries crossed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -30,7 +31,8 @@ class Estimate:
         loss_sum: the sum of the reported losses, 0-dim.
         num_terms: the number of reported losses.
         gradients: of sum / count over the *injected* losses, keyed as `model.named_parameters()`; zeros for
-            a parameter that no injected loss depends on. Owned by the estimate.
+            a parameter that no injected loss depends on. Owned by the estimate. Where the count is random, of sum /
+            `denominator`.
         lookback: the number of steps the newest injected loss was back-propagated through.
         boundary_norms: norm of the gradient with respect to the state at each boundary crossed, newest
             first. Shape (K,).
@@ -38,6 +40,8 @@ class Estimate:
         metrics: whatever else the estimator or a guard has measured.
         rate_factor: what the learning rate of this one update is to be multiplied by; see `tbptt.scaled_rate`. 1 but
             for lengths that change and say so.
+        denominator: what the gradients of the summed losses were divided by; None: `num_injected`. Another one where
+            that number is random and hangs together with the sum, as the mean of such ratios is not the ratio of means.
     """
 
     outputs: Tree | None
@@ -50,6 +54,12 @@ class Estimate:
     num_injected: int
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     rate_factor: float = 1.0
+    denominator: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """What the gradients are multiplied by to be those of the summed losses."""
+        return float(self.num_injected) if self.denominator is None else self.denominator
 
     def apply(self, model: nn.Module) -> None:
         """Write the gradients to the parameters' `.grad`, replacing whatever stood there.
@@ -93,11 +103,19 @@ class Estimator(ABC):
     All that evolves is in the carry: `estimate` takes one and returns the next, so that an update can be
     refused by going on with the old one.
 
+    A random one draws from its own `seed` and the number of updates made, so that a resumed run draws what an
+    undisturbed one would have.
+
     Attributes:
-        kind: "exact", "biased" or "unbiased", against the gradient of the whole past.
+        kind: "exact", "biased" or "unbiased", against the gradient of the whole past, at weights that stay.
     """
 
     kind: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> Sequence[Estimator]:
+        """Return a few settings with short windows that take every branch between them, for tests to try."""
 
     @abstractmethod
     def next_steps(self, carry: Any) -> int:
@@ -116,14 +134,15 @@ class Estimator(ABC):
         """Run the model over `window` and estimate the gradient of its losses."""
 
     def fixed(self, carry: Any) -> Estimator:
-        """Return the estimator with the lengths that it has now, for good; itself where none changes."""
+        """Return the estimator with the lengths that it has now, for good; itself where none changes or is drawn."""
         del carry  # nothing changes, unless an estimator says otherwise
         return self
 
     @abstractmethod
-    def reach(self, steps: int) -> tuple[int, ...]:
+    def reach(self, steps: int) -> tuple[int, ...] | None:
         """Return how far the loss at each of a window's `steps` steps reaches, its own step included.
 
-        Zero for a loss that is not injected. Holds once the stream is older than the look-back, and
-        until the next reset; `tbptt.check` measures it.
+        Zero for a loss that is not injected. Holds once the stream is older than the look-back, and until the next
+        reset; `tbptt.check` measures it. None: back to the start of the sequence. Empty: it cannot be seen in the
+        gradient, as where weights are perturbed at random.
         """

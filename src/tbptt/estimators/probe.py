@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from tbptt.curve import interpolated, lag_grid
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Gradients, Segment, walk_back
+from tbptt.estimators.segments import Segment, lane_norms, walk_back
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was
-from tbptt.tree import LaneDims, Tree, detach, tensors
+from tbptt.tree import LaneDims, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["SPREAD", "Probe", "lane_norms", "probe", "run_chain"]
+__all__ = ["SPREAD", "Probe", "probe", "run_chain"]
 
 SPREAD = 16
 """The last steps of a window among which each lane's loss is drawn: lanes that keep step show more than one phase."""
@@ -128,34 +128,6 @@ def run_chain(
         state = detach(segment.end)
         chain.append(segment)
     return chain, begins
-
-
-def lane_norms(cotangent: Gradients, state: Tree, dims: LaneDims | None) -> Tensor:
-    """Return the norm of each lane's part of a gradient, in float64.
-
-    Args:
-        cotangent: of each differentiable tensor of the state, as `walk_back` gives it.
-        state: the state.
-        dims: the lane dimension of each tensor of it.
-
-    Returns:
-        Shape (B,); (1,) for all lanes together where a tensor has no lane dimension.
-    """
-    known = [dim for leaf, dim in zip(tensors(state), dims or (), strict=False) if leaf.requires_grad]
-    by_lane = len(known) == len(cotangent) and all(dim is not None for dim in known)
-    total: Tensor | None = None
-    for index, gradient in enumerate(cotangent):
-        if gradient is None:
-            continue
-        squares = gradient.detach().abs().double().square()
-        dim = known[index] if by_lane else None
-        part = squares.sum()[None] if dim is None else squares.movedim(dim, 0).reshape(squares.shape[dim], -1).sum(1)
-        total = part if total is None else total + part
-    if total is None:
-        leaf = next(leaf for leaf in tensors(state) if leaf.requires_grad)
-        lanes = leaf.shape[known[0]] if by_lane and known[0] is not None else 1
-        return leaf.new_zeros(lanes, dtype=torch.float64)
-    return total.sqrt()
 
 
 def _one(chain: Sequence[Segment]) -> Tensor:

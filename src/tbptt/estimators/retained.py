@@ -5,8 +5,7 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.estimators.segments import Segment
-from tbptt.model import fork_random, with_parameters
+from tbptt.model import random_from, random_states, with_parameters
 from tbptt.tree import LaneDims, Tree, detach, differentiable
 from tbptt.window import Window
 
@@ -53,7 +52,7 @@ class RetainedSegment:
         model: nn.Module, window: Window, begin: Tree | None, weights: dict[str, Tensor], dims: LaneDims | None
     ) -> RetainedSegment:
         """Run `model` with `weights` over `window` from `begin`."""
-        random = _random_states(window.mask.device)
+        random = random_states(window.mask.device)
         live = with_parameters(model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None))
         return RetainedSegment(window.without_targets(), begin, weights, random, live)
 
@@ -61,12 +60,12 @@ class RetainedSegment:
         """Return the segment with its graph, run again if it is not there."""
         if self.live is not None:
             return self
-        with _random_from(self.random, self.window.mask.device):
+        with random_from(self.random, self.window.mask.device):
             return RetainedSegment.run(model, self.window, self.begin, self.weights, dims)
 
     def split(self, model: nn.Module, step: int, dims: LaneDims | None) -> tuple[RetainedSegment, RetainedSegment]:
         """Return the segment as two, cut before `step`; both are run again."""
-        with _random_from(self.random, self.window.mask.device):
+        with random_from(self.random, self.window.mask.device):
             old = RetainedSegment.run(model, self.window[:step], self.begin, self.weights, dims)
             assert old.live is not None
             new = RetainedSegment.run(model, self.window[step:], detach(old.live.end), self.weights, dims)
@@ -94,21 +93,6 @@ class RetainedSegment:
         """Return what `state_dict` described, asleep."""
         weights = {name: value.detach().clone().requires_grad_() for name, value in state["weights"].items()}
         return RetainedSegment(Window(**state["window"]), state["begin"], weights, state["random"])
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-@contextmanager
-def _random_from(states: list[Tensor], device: torch.device) -> Generator[None]:
-    """Draw the random numbers that were drawn then, and leave the generators as they are now."""
-    with fork_random(device):
-        torch.set_rng_state(states[0].cpu())
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state.cpu(), device)
-        yield
 
 
 def newest(

@@ -12,16 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tbptt.tree import LaneDims, Tree, as_leaves, differentiable
+from tbptt.tree import LaneDims, Tree, as_leaves, differentiable, tensors
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Pulled", "Segment", "Step", "pull_back", "walk_back"]
+__all__ = [
+    "Boundary",
+    "Chain",
+    "Gradients",
+    "Pulled",
+    "Segment",
+    "Step",
+    "add",
+    "lane_norms",
+    "norm_of",
+    "own",
+    "pass_on",
+    "pull_back",
+    "scaled",
+    "walk_back",
+]
 
 Gradients: TypeAlias = list[Tensor | None]
 """One for each tensor asked about; None where nothing arrived, which is a zero."""
@@ -107,7 +122,8 @@ class Step:
     Args:
         index: the segment's place in the chain.
         gradients: of the tensors it was asked about.
-        cotangent: gradient of each differentiable tensor of its start state, from all losses after it.
+        cotangent: gradient of each differentiable tensor of its start state, from all losses after it, as it arrives:
+            before anything is made of it at the boundary.
     """
 
     index: int
@@ -115,13 +131,43 @@ class Step:
     cotangent: Gradients
 
 
+class Chain(Protocol):
+    """Consecutive segments, oldest first: a list, or what builds each of them when it is asked for, newest first."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Segment: ...
+
+
+class Boundary(Protocol):
+    """What becomes of the gradient at the boundary between a segment and the one before."""
+
+    def __call__(self, index: int, start: Tree, cotangent: Gradients, /) -> Gradients:
+        """Return what goes on to the segment before.
+
+        Args:
+            index: the place in the chain of the segment that the gradient comes from, 1 at least.
+            start: the start state of that segment.
+            cotangent: gradient of each differentiable tensor of that state.
+        """
+        ...
+
+
+def pass_on(index: int, start: Tree, cotangent: Gradients, /) -> Gradients:
+    """Let the gradient cross a boundary as it is."""
+    del index, start  # whichever it is
+    return cotangent
+
+
 def walk_back(
-    chain: Sequence[Segment],
+    chain: Chain,
     parameters: Sequence[Sequence[Tensor]],
     weight: Tensor,
     *,
     keep: bool = False,
     to_start: bool = False,
+    boundary: Boundary = pass_on,
+    arriving: Gradients | None = None,
 ) -> Iterator[Step]:
     """Send the gradient of the chain's losses back through it, segment by segment, newest first.
 
@@ -131,27 +177,38 @@ def walk_back(
         weight: what each injected loss sum is multiplied by, 0-dim.
         keep: whether the graphs will be used again.
         to_start: whether to go on to the start state of the oldest segment, too, if that was tracked.
+        boundary: what becomes of the gradient at each boundary.
+        arriving: gradient of each differentiable tensor of the last end state, from what comes after; None for none.
 
     Cost: one backward pass through each segment.
     """
-    cotangent: Gradients = []
+    cotangent: Gradients = arriving or []
     for index in reversed(range(len(chain))):
         segment = chain[index]
         start = index > 0 or (to_start and segment.start is not None)
         found, cotangent = segment.vjp(parameters[index], weight, cotangent, start=start, keep=keep)
+        begin = segment.start
+        del segment  # one that is built when it is asked for need not wait for the next
         yield Step(index, found, cotangent)
+        if index > 0:
+            cotangent = boundary(index, begin, cotangent)
 
 
 def pull_back(
-    chain: Sequence[Segment], parameters: Sequence[Sequence[Tensor]], weight: Tensor, *, keep: bool = False
+    chain: Chain,
+    parameters: Sequence[Sequence[Tensor]],
+    weight: Tensor,
+    *,
+    keep: bool = False,
+    boundary: Boundary = pass_on,
 ) -> Pulled:
     """Return the gradient of the chain's losses with respect to the parameters; see `walk_back`."""
     total: Gradients = [None] * len(parameters[-1])
     norms: list[Tensor] = []
-    for step in walk_back(chain, parameters, weight, keep=keep):
+    for step in walk_back(chain, parameters, weight, keep=keep, boundary=boundary):
         total = add(total, step.gradients)
         if step.index > 0:
-            norms.append(_norm(step.cotangent, weight))
+            norms.append(norm_of(step.cotangent, weight))
     return Pulled(total, norms)
 
 
@@ -163,6 +220,11 @@ def add(left: Gradients, right: Gradients) -> Gradients:
         next(sums) if a is not None and b is not None else (b if a is None else a)
         for a, b in zip(left, right, strict=True)
     ]
+
+
+def scaled(gradients: Gradients, factor: float) -> Gradients:
+    """Return gradients times a number; the operand stays as it is."""
+    return gradients if factor == 1.0 else [None if each is None else each * factor for each in gradients]
 
 
 def own(names: Sequence[str], parameters: Sequence[Tensor], gradients: Gradients) -> dict[str, Tensor]:
@@ -183,9 +245,38 @@ def own(names: Sequence[str], parameters: Sequence[Tensor], gradients: Gradients
     return result
 
 
-def _norm(cotangent: Gradients, like: Tensor) -> Tensor:
+def norm_of(cotangent: Gradients, like: Tensor) -> Tensor:
+    """Return the 2-norm of all parts of a gradient together, 0-dim, of the type of `like`."""
     arrived = [gradient for gradient in cotangent if gradient is not None]
     if not arrived:
         return torch.zeros_like(like)
     norms = [torch.linalg.vector_norm(gradient) for gradient in arrived]
     return (norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))).to(like.dtype)
+
+
+def lane_norms(cotangent: Gradients, state: Tree, dims: LaneDims | None) -> Tensor:
+    """Return the norm of each lane's part of a gradient, in float64.
+
+    Args:
+        cotangent: of each differentiable tensor of the state, as `walk_back` gives it.
+        state: the state.
+        dims: the lane dimension of each tensor of it.
+
+    Returns:
+        Shape (B,); (1,) for all lanes together where a tensor has no lane dimension.
+    """
+    known = [dim for leaf, dim in zip(tensors(state), dims or (), strict=False) if leaf.requires_grad]
+    by_lane = len(known) == len(cotangent) and all(dim is not None for dim in known)
+    total: Tensor | None = None
+    for index, gradient in enumerate(cotangent):
+        if gradient is None:
+            continue
+        squares = gradient.detach().abs().double().square()
+        dim = known[index] if by_lane else None
+        part = squares.sum()[None] if dim is None else squares.movedim(dim, 0).reshape(squares.shape[dim], -1).sum(1)
+        total = part if total is None else total + part
+    if total is None:
+        leaf = next(leaf for leaf in tensors(state) if leaf.requires_grad)
+        lanes = leaf.shape[known[0]] if by_lane and known[0] is not None else 1
+        return leaf.new_zeros(lanes, dtype=torch.float64)
+    return total.sqrt()

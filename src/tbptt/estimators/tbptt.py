@@ -5,83 +5,29 @@ Letters: T time, B lanes, L steps of a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.base import Estimate, Estimator
+from tbptt.estimators.boundary import OPEN, ClipBoundary, OpenBoundary
+from tbptt.estimators.carry import ChainCarry, check_lanes_of
 from tbptt.estimators.history import History, Stretch
-from tbptt.estimators.lengths import Lengths, States, states_from
+from tbptt.estimators.lengths import Lengths
 from tbptt.estimators.retained import RetainedSegment, kept_for, newest
-from tbptt.estimators.segments import Pulled, Segment, add, own, pull_back
-from tbptt.length import Length, LengthState
+from tbptt.estimators.run import Run
+from tbptt.estimators.segments import Pulled, Segment, add
+from tbptt.length import Length
 from tbptt.loss import Loss, StepLoss
-from tbptt.model import check_trainable, find_lane_dims, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, time_cat
-from tbptt.unroll import unroll
+from tbptt.model import check_trainable
+from tbptt.tree import detach
 from tbptt.window import Window
 
-__all__ = ["TBPTT", "TBPTTCarry"]
-
-_NONE_CROSSED = torch.zeros(0)
-
-
-@dataclass(eq=False)
-class TBPTTCarry:
-    """What `TBPTT` carries from window to window.
-
-    Attributes:
-        lanes: the number of sequences side by side.
-        state: the model's state after the last window, detached; None before the first.
-        dims: the lane dimension of each tensor of the state, once it has been found out.
-        past: the steps that the next look-back or probe may re-run.
-        retained: the segments whose graphs the next look-back may use, oldest first.
-        lengths: how far the policies of k1 and k2 have come.
-    """
-
-    lanes: int
-    state: Tree | None = None
-    dims: LaneDims | None = None
-    past: History = field(default_factory=History)
-    retained: tuple[RetainedSegment, ...] = ()
-    lengths: States = field(default_factory=dict[str, LengthState])
-    looked: bool = field(default=False, repr=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the carry as plain values and tensors; graphs are left out and built again when needed."""
-        return {
-            "lanes": self.lanes,
-            "state": self.state,
-            "dims": self.dims,
-            "looked": self.looked,
-            "past": [stretch.state_dict() for stretch in self.past.stretches],
-            "retained": [segment.state_dict() for segment in self.retained],
-            "lengths": {name: each.state_dict() for name, each in self.lengths.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            ShapeError: it was saved with another number of lanes.
-        """
-        if state["lanes"] != self.lanes:
-            raise ShapeError(
-                f"a carry of {self.lanes} lanes was expected, but the saved one has {state['lanes']}: "
-                "each lane's state belongs to that lane's sequence",
-                fix=f"go on with {state['lanes']} lanes",
-            )
-        self.state, self.looked = state["state"], state["looked"]
-        self.dims = None if state["dims"] is None else tuple(state["dims"])
-        self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
-        self.lengths = states_from(state["lengths"])
-        self.retained = tuple(RetainedSegment.from_state_dict(each) for each in state["retained"])
+__all__ = ["TBPTT"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +52,8 @@ class TBPTT(Estimator):
             "retain": their graphs are kept, with the weights that they were run with; a short window may need
             a graph cut where it was not, and then runs those steps once more. Not with lengths that change.
         keep_outputs: whether estimates hold the window's outputs.
+        boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1):
+            `ClipBoundary(max_norm)` clips it there; left out: it goes on as it is.
 
     Raises:
         ConfigError: a length that is neither a whole number from 1 nor a `Length`, an unknown choice, or
@@ -128,8 +76,15 @@ class TBPTT(Estimator):
     losses: Literal["tail", "all"] = "tail"
     replay: Literal["recompute", "retain"] = "recompute"
     keep_outputs: bool = False
+    boundary: ClipBoundary | OpenBoundary = OPEN
 
     kind: ClassVar[str] = "biased"
+
+    @classmethod
+    def examples(cls) -> tuple[TBPTT, ...]:
+        """Return one setting of each regime; see `Estimator.examples`."""
+        clipped = cls(2, 6, boundary=ClipBoundary(0.01))
+        return cls(4, 4), cls(5, 2), cls(5, 2, losses="all"), cls(3, 7), cls(3, 7, replay="retain"), clipped
 
     def __post_init__(self) -> None:
         for name in ("k1", "k2"):
@@ -148,6 +103,8 @@ class TBPTT(Estimator):
                     f'{name} was expected to be "{choices[0]}" or "{choices[1]}", but is {getattr(self, name)!r}',
                     fix=f'TBPTT({self.k1}, {self.k2}, {name}="{choices[0]}")',
                 )
+        if isinstance(self.boundary, ClipBoundary) and isinstance(self.k1, int) and isinstance(self.k2, int):
+            self.boundary.refuse_unless(self.k2 > self.k1, f"TBPTT(k1={self.k1}, k2={self.k2})")
         if self.lengths.vary and self.replay == "retain":
             raise ConfigError(
                 'replay="retain" was expected with a k1 and a k2 that stay, but one of them changes: the weights of '
@@ -160,19 +117,19 @@ class TBPTT(Estimator):
         """The two lengths, with what they have in common."""
         return Lengths(self.k1, self.k2)
 
-    def next_steps(self, carry: TBPTTCarry) -> int:
+    def next_steps(self, carry: ChainCarry) -> int:
         """Return k1, as long as it is now."""
         return self.lengths.now(carry.lengths)[0]
 
-    def fixed(self, carry: TBPTTCarry) -> TBPTT:
+    def fixed(self, carry: ChainCarry) -> TBPTT:
         """Return the estimator with the lengths that it has now, for good."""
         k1, k2 = self.lengths.now(carry.lengths)
         return replace(self, k1=k1, k2=k2)
 
-    def init(self, model: nn.Module, lanes: int) -> TBPTTCarry:
+    def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return TBPTTCarry(lanes, lengths=self.lengths.start())
+        return ChainCarry(lanes, lengths=self.lengths.start())
 
     def reach(self, steps: int) -> tuple[int, ...]:
         """Return how far each loss of a window of `steps` steps reaches; see `Estimator.reach`.
@@ -187,7 +144,7 @@ class TBPTT(Estimator):
             return tuple(step % k2 + 1 for step in range(steps))
         return tuple(max(0, step + 1 - (steps - k2)) for step in range(steps))
 
-    def estimate(self, model: nn.Module, loss: Loss, carry: TBPTTCarry, window: Window) -> tuple[Estimate, TBPTTCarry]:
+    def estimate(self, model: nn.Module, loss: Loss, carry: ChainCarry, window: Window) -> tuple[Estimate, ChainCarry]:
         """Run the model over `window` and estimate the gradient of its losses.
 
         Raises:
@@ -198,17 +155,16 @@ class TBPTT(Estimator):
         lengths = self.lengths
         k1, k2 = lengths.now(carry.lengths)
         self._check(carry, window, k1)
-        if not carry.looked:
-            carry = replace(carry, dims=find_lane_dims(model, window.inputs), looked=True)
-        run = _Run(self, k1, k2, model, StepLoss.of(loss), carry, window)
+        run = Run(model, StepLoss.of(loss), carry.with_dims(model, window), window, keep_outputs=self.keep_outputs)
+        regimes = _Regimes(self, k1, k2, run)
         if k2 <= k1:
-            estimate, after = run.within()
+            estimate, after = regimes.within()
         else:
-            estimate, after = run.recompute() if self.replay == "recompute" else run.retain()
+            estimate, after = regimes.recompute() if self.replay == "recompute" else regimes.retain()
         if not lengths.vary:
             return estimate, after
         states, measured = lengths.after(
-            carry.lengths, model, run.loss, carry.past, window, carry.dims, estimate.lookback
+            carry.lengths, model, run.loss, carry.past, window, after.dims, estimate.lookback
         )
         measured = {"k1": float(k1), "k2": float(k2), **measured}
         estimate = replace(
@@ -216,7 +172,7 @@ class TBPTT(Estimator):
         )
         return estimate, replace(after, lengths=states)
 
-    def _check(self, carry: TBPTTCarry, window: Window, k1: int) -> None:
+    def _check(self, carry: ChainCarry, window: Window, k1: int) -> None:
         if window.steps > k1:
             fix = f"stream.windows({k1}), or TBPTT(k1={window.steps}, k2={self.k2})"
             raise ShapeError(
@@ -224,83 +180,62 @@ class TBPTT(Estimator):
                 "there would be fewer updates than k1 says",
                 fix="stream.read(estimator.next_steps(carry))" if self.lengths.vary else fix,
             )
-        if window.lanes != carry.lanes:
-            raise ShapeError(
-                f"a window of {carry.lanes} lanes was expected, as the carry has, but {window.lanes} came: "
-                "each lane's state belongs to that lane's sequence",
-                fix=f"estimator.init(model, lanes={window.lanes}) when the sequences are other ones",
-            )
+        check_lanes_of(window, carry.lanes)
 
 
-class _Run:
-    """One call of `TBPTT.estimate`: the parts that its three regimes share."""
+class _Regimes:
+    """One call of `TBPTT.estimate`, in each of its three regimes."""
 
-    def __init__(
-        self, setting: TBPTT, k1: int, k2: int, model: nn.Module, loss: StepLoss, carry: TBPTTCarry, window: Window
-    ) -> None:
-        self.setting, self.k1, self.k2, self.model = setting, k1, k2, model
-        self.loss, self.carry, self.window = loss, carry, window
-        self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
-        self.outputs: list[Tree] = []
-        self.sums: list[Tensor] = []
-        self.num_terms = 0
+    def __init__(self, setting: TBPTT, k1: int, k2: int, run: Run) -> None:
+        self.setting, self.k1, self.k2, self.run = setting, k1, k2, run
+        self.carry, self.window = run.carry, run.window
+        self.boundary = setting.boundary.at(self.carry.dims)
 
-    def within(self) -> tuple[Estimate, TBPTTCarry]:
+    def within(self) -> tuple[Estimate, ChainCarry]:
         """k2 <= k1: the look-back ends inside the window."""
-        pieces = self._pieces()
-        injected = sum(self.loss.valid(self.window[begin:end])[1] for begin, end, learn in pieces if learn)
+        run, pieces = self.run, self._pieces()
+        injected = sum(run.loss.valid(self.window[begin:end])[1] for begin, end, learn in pieces if learn)
         state, total, lookback = self.carry.state, None, 0
         for begin, end, learn in pieces:
             piece = self.window[begin:end]
             if not learn:
-                state = self._report(piece, state)
+                state = run.report(piece, state)
                 continue
-            segment = self._inject(Segment.run(self.model, piece, state, self.carry.dims, track=False), piece)
-            pulled = self._pull([segment], [self.parameters], injected)
+            segment = run.inject(Segment.run(run.model, piece, state, self.carry.dims, track=False), piece)
+            pulled = run.pull([segment], injected)
             total = pulled if total is None else Pulled(add(total.gradients, pulled.gradients), [])
             state, lookback = detach(segment.end), max(lookback, end - begin)
         assert total is not None
         past = self._past([Stretch(self.window.without_targets(), self.carry.state)], 0)
-        return self._estimate(total, injected, lookback), replace(self.carry, state=state, past=past)
+        return run.estimate(total, injected, lookback), replace(self.carry, state=state, past=past)
 
-    def recompute(self) -> tuple[Estimate, TBPTTCarry]:
+    def recompute(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the steps before the window are run again from the state k2 steps back."""
-        k1, k2, dims = self.k1, self.k2, self.carry.dims
-        past = self.carry.past.last(self.model, k2 - self.window.steps, dims)
+        run = self.run
+        past = self.carry.past.last(run.model, self.k2 - self.window.steps, self.carry.dims)
         news = 0 if past is None else past.window.steps  # the step at which the window begins
-        context = self.window.without_targets()
-        whole = context if past is None else Window.join([past.window, context])
-        mark = max(0, whole.steps + k1 - k2)  # where the next look-back begins, if its window is full
-        state = self.carry.state if past is None else past.state
-        chain: list[Segment] = []
-        stretches: list[Stretch] = []
-        for begin, end in pairwise(sorted({0, news, mark, whole.steps})):
-            stretches.append(Stretch(whole[begin:end], state))
-            segment = Segment.run(self.model, whole[begin:end], state, dims, track=begin > 0)
-            if begin >= news:
-                segment = self._inject(segment, self.window[begin - news : end - news])
-            state = detach(segment.end)
-            chain.append(segment)
-        injected = self.num_terms
-        pulled = self._pull(chain, [self.parameters] * len(chain), injected)
-        carry = replace(self.carry, state=state, past=self._past(stretches, news))
-        return self._estimate(pulled, injected, whole.steps), carry
+        steps = news + self.window.steps
+        mark = max(0, steps + self.k1 - self.k2)  # where the next look-back begins, if its window is full
+        chain, stretches = run.look_back(past, [mark])
+        injected = run.num_terms
+        pulled = run.pull(chain, injected, boundary=self.boundary)
+        carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
+        return run.estimate(pulled, injected, steps), carry
 
-    def retain(self) -> tuple[Estimate, TBPTTCarry]:
+    def retain(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the graphs of the steps before the window are still there."""
-        k1, k2, dims = self.k1, self.k2, self.carry.dims
+        run, k1, k2, dims = self.run, self.k1, self.k2, self.carry.dims
         weights = {
-            name: value.detach().clone().requires_grad_()
-            for name, value in zip(self.names, self.parameters, strict=True)
+            name: value.detach().clone().requires_grad_() for name, value in zip(run.names, run.parameters, strict=True)
         }
         state, steps = self.carry.state, self.window.steps
         news: list[RetainedSegment] = []
         cut = -k2 % k1  # a later look-back will begin here, if every window is full
         for begin, end in pairwise(sorted({0, min(cut, steps), steps})):
             piece = self.window[begin:end]
-            segment = RetainedSegment.run(self.model, piece, state, weights, dims)
+            segment = RetainedSegment.run(run.model, piece, state, weights, dims)
             assert segment.live is not None
-            news.append(replace(segment, live=self._inject(segment.live, piece)))
+            news.append(replace(segment, live=run.inject(segment.live, piece)))
             state = detach(segment.live.end)
         if any(segment.weights.keys() != weights.keys() for segment in self.carry.retained):
             raise CapabilityError(
@@ -308,15 +243,14 @@ class _Run:
                 "through these there is no gradient for a parameter that was frozen then",
                 fix='TBPTT(k1, k2, replay="recompute"), which runs them again',
             )
-        chain = [*newest(self.model, self.carry.retained, self.carry.state, k2 - steps, dims), *news]
+        chain = [*newest(run.model, self.carry.retained, self.carry.state, k2 - steps, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
-        injected = self.num_terms
-        pulled = self._pull(
-            live, [[segment.weights[name] for name in self.names] for segment in chain], injected, keep=True
-        )
+        injected = run.num_terms
+        parameters = [[segment.weights[name] for name in run.names] for segment in chain]
+        pulled = run.pull(live, injected, parameters=parameters, keep=True, boundary=self.boundary)
         lookback = sum(segment.steps for segment in chain)
         carry = replace(self.carry, state=state, retained=kept_for(chain, k1, k2))
-        return self._estimate(pulled, injected, lookback), carry
+        return run.estimate(pulled, injected, lookback), carry
 
     def _pieces(self) -> list[tuple[int, int, bool]]:
         steps, k2 = self.window.steps, self.k2
@@ -326,46 +260,7 @@ class _Run:
             return [(0, steps - k2, False), (steps - k2, steps, True)]
         return [(begin, min(begin + k2, steps), True) for begin in range(0, steps, k2)]
 
-    def _report(self, piece: Window, state: Tree | None) -> Tree:
-        """Run steps whose losses are reported and not learned from; return the state after them."""
-        with torch.no_grad():
-            outputs, state = unroll(self.model, piece, state, self.carry.dims)
-            self._count(outputs, *self.loss.total(outputs, piece))
-        return state
-
-    def _inject(self, segment: Segment, piece: Window) -> Segment:
-        loss_sum, count = self.loss.total(segment.outputs, piece)
-        self._count(segment.outputs, loss_sum, count)
-        return segment.injecting(loss_sum) if count else segment
-
-    def _count(self, outputs: Tree, loss_sum: Tensor, count: int) -> None:
-        if self.setting.keep_outputs:
-            self.outputs.append(detach(outputs))
-        self.sums.append(loss_sum.detach())
-        self.num_terms += count
-
-    def _pull(
-        self, chain: Sequence[Segment], parameters: Sequence[Sequence[Tensor]], injected: int, *, keep: bool = False
-    ) -> Pulled:
-        if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
-            return Pulled([None] * len(self.names), [])
-        return pull_back(chain, parameters, torch.full_like(self.sums[-1], 1 / injected), keep=keep)
-
     def _past(self, news: list[Stretch], replaced: int) -> History:
         """Return what is remembered for the next look-back: these stretches, and older ones if they may be needed."""
         keep = self.setting.lengths.remembered
         return self.carry.past.followed_by(news, replaced, keep) if keep else self.carry.past
-
-    def _estimate(self, pulled: Pulled, injected: int, lookback: int) -> Estimate:
-        loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
-        norms = pulled.boundary_norms
-        return Estimate(
-            outputs=time_cat(self.outputs) if self.setting.keep_outputs else None,
-            loss=loss_sum / self.num_terms,
-            loss_sum=loss_sum,
-            num_terms=self.num_terms,
-            gradients=own(self.names, self.parameters, pulled.gradients),
-            lookback=lookback,
-            boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
-            num_injected=injected,
-        )

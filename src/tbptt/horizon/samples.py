@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tbptt.curve import Floats
 from tbptt.errors import ConfigError, EndOfStream, StreamError
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.probe import lane_norms, run_chain
-from tbptt.estimators.segments import Gradients, add, walk_back
+from tbptt.estimators.probe import run_chain
+from tbptt.estimators.segments import Gradients, add, lane_norms, walk_back
 from tbptt.horizon.inputs import InputTap, has_any
 from tbptt.horizon.statistics import Sketch
 from tbptt.loss import StepLoss

@@ -16,8 +16,8 @@ from torch import nn
 
 from tbptt.curve import dense, lag_grid, needed_lookback
 from tbptt.errors import ConfigError, EndOfStream
-from tbptt.estimators.probe import SPREAD, lane_norms, run_chain
-from tbptt.estimators.segments import walk_back
+from tbptt.estimators.probe import SPREAD, run_chain
+from tbptt.estimators.segments import lane_norms, walk_back
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was
 from tbptt.monitors.base import Monitor, Plan, Update

@@ -1,0 +1,106 @@
+"""What estimators over a chain of segments carry from window to window.
+
+Letters: B lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from tbptt.errors import ShapeError
+from tbptt.estimators.history import History, Stretch
+from tbptt.estimators.lengths import States, states_from
+from tbptt.estimators.retained import RetainedSegment
+from tbptt.length import LengthState
+from tbptt.model import find_lane_dims
+from tbptt.tree import LaneDims, Tree
+from tbptt.window import Window
+
+__all__ = ["ChainCarry", "check_lanes_of"]
+
+
+@dataclass(eq=False)
+class ChainCarry:
+    """What an estimator over a chain of segments carries.
+
+    Attributes:
+        lanes: the number of sequences side by side.
+        state: the model's state after the last window, detached; None before the first.
+        dims: the lane dimension of each tensor of the state, once it has been found out.
+        past: the steps that the next look-back or probe may re-run.
+        retained: the segments whose graphs the next look-back may use, oldest first.
+        lengths: how far the policies of k1 and k2 have come.
+        draws: made so far by an estimator that draws; with its seed, they say what is drawn next.
+    """
+
+    lanes: int
+    state: Tree | None = None
+    dims: LaneDims | None = None
+    past: History = field(default_factory=History)
+    retained: tuple[RetainedSegment, ...] = ()
+    lengths: States = field(default_factory=dict[str, LengthState])
+    draws: int = 0
+    looked: bool = field(default=False, repr=False)
+
+    def with_dims(self, model: nn.Module, window: Window) -> ChainCarry:
+        """Return the carry with the lane dimensions of the model's state, looked for once."""
+        if self.looked:
+            return self
+        return replace(self, dims=find_lane_dims(model, window.inputs), looked=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the carry as plain values and tensors; graphs are left out and built again when needed."""
+        return {
+            "lanes": self.lanes,
+            "state": self.state,
+            "dims": self.dims,
+            "looked": self.looked,
+            "past": [stretch.state_dict() for stretch in self.past.stretches],
+            "retained": [segment.state_dict() for segment in self.retained],
+            "lengths": {name: each.state_dict() for name, each in self.lengths.items()},
+            "draws": self.draws,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ShapeError: it was saved with another number of lanes.
+        """
+        check_saved_lanes(self.lanes, state["lanes"])
+        self.state, self.looked, self.draws = state["state"], state["looked"], state["draws"]
+        self.dims = None if state["dims"] is None else tuple(state["dims"])
+        self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
+        self.lengths = states_from(state["lengths"])
+        self.retained = tuple(RetainedSegment.from_state_dict(each) for each in state["retained"])
+
+
+def check_saved_lanes(lanes: int, saved: int) -> None:
+    """Refuse a saved carry of another number of lanes.
+
+    Raises:
+        ShapeError: it is one.
+    """
+    if saved != lanes:
+        raise ShapeError(
+            f"a carry of {lanes} lanes was expected, but the saved one has {saved}: "
+            "each lane's state belongs to that lane's sequence",
+            fix=f"go on with {saved} lanes",
+        )
+
+
+def check_lanes_of(window: Window, lanes: int) -> None:
+    """Refuse a window that does not have the lanes of the carry.
+
+    Raises:
+        ShapeError: it has other ones.
+    """
+    if window.lanes != lanes:
+        raise ShapeError(
+            f"a window of {lanes} lanes was expected, as the carry has, but {window.lanes} came: "
+            "each lane's state belongs to that lane's sequence",
+            fix=f"estimator.init(model, lanes={window.lanes}) when the sequences are other ones",
+        )

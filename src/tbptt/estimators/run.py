@@ -1,0 +1,144 @@
+"""One call of `estimate`, as far as it is the same for every method over a chain of segments.
+
+Letters: T time, B lanes, K boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from tbptt.estimators.base import Estimate
+from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.history import Stretch
+from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, own, pass_on, pull_back
+from tbptt.loss import StepLoss
+from tbptt.model import trainable_parameters
+from tbptt.tree import Tree, detach, time_cat
+from tbptt.unroll import unroll
+from tbptt.window import Window
+
+__all__ = ["Run"]
+
+_NONE_CROSSED = torch.zeros(0)
+
+
+class Run:
+    """The model run over a window and what lies before it, its losses counted.
+
+    Attributes:
+        names: of the parameters that are trained.
+        parameters: these.
+        outputs: of the window's pieces, detached; empty unless they are to be kept.
+        sums: of the pieces' losses, 0-dim each.
+        num_terms: how many losses are in them.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: StepLoss, carry: ChainCarry, window: Window, *, keep_outputs: bool
+    ) -> None:
+        self.model, self.loss, self.carry, self.window = model, loss, carry, window
+        self.keep_outputs = keep_outputs
+        self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
+        self.outputs: list[Tree] = []
+        self.sums: list[Tensor] = []
+        self.num_terms = 0
+
+    def report(self, piece: Window, state: Tree | None) -> Tree:
+        """Run steps whose losses are reported and not learned from; return the state after them."""
+        with torch.no_grad():
+            outputs, state = unroll(self.model, piece, state, self.carry.dims)
+            self._count(outputs, *self.loss.total(outputs, piece))
+        return state
+
+    def inject(self, segment: Segment, piece: Window) -> Segment:
+        """Return a segment with the losses of its steps, which are counted."""
+        loss_sum, count = self.loss.total(segment.outputs, piece)
+        self._count(segment.outputs, loss_sum, count)
+        return segment.injecting(loss_sum) if count else segment
+
+    def look_back(self, past: Stretch | None, cuts: Iterable[int]) -> tuple[list[Segment], list[Stretch]]:
+        """Run what lies before the window again, and the window after it, whose losses are injected.
+
+        Args:
+            past: the steps before the window; None for none. What lies before them stays out of the graph.
+            cuts: where a segment begins, counted from the first step of the past; one begins with the window, too.
+
+        Returns:
+            The segments, oldest first, and their steps with the states before them.
+        """
+        news = 0 if past is None else past.window.steps
+        context = self.window.without_targets()
+        whole = context if past is None else Window.join([past.window, context])
+        state = self.carry.state if past is None else past.state
+        chain: list[Segment] = []
+        stretches: list[Stretch] = []
+        for begin, end in pairwise(sorted({0, news, *cuts, whole.steps})):
+            stretches.append(Stretch(whole[begin:end], state))
+            segment = Segment.run(self.model, whole[begin:end], state, self.carry.dims, track=begin > 0)
+            if begin >= news:
+                segment = self.inject(segment, self.window[begin - news : end - news])
+            state = detach(segment.end)
+            chain.append(segment)
+        return chain, stretches
+
+    def weight(self, denominator: float) -> Tensor:
+        """Return 1 / denominator in the type of the losses, 0-dim."""
+        return torch.full_like(self.sums[-1], 1 / denominator)
+
+    def pull(
+        self,
+        chain: Chain,
+        injected: int,
+        *,
+        parameters: Sequence[Sequence[Tensor]] | None = None,
+        keep: bool = False,
+        boundary: Boundary = pass_on,
+    ) -> Pulled:
+        """Return the gradient of sum / `injected` over the losses in a chain.
+
+        Args:
+            chain: consecutive segments, oldest first.
+            injected: the number of losses injected into this update.
+            parameters: for each segment, those in its graph; None: the model's own.
+            keep: whether the graphs will be used again.
+            boundary: what becomes of the gradient at each boundary.
+        """
+        if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
+            return Pulled([None] * len(self.names), [])
+        weights = [self.parameters] * len(chain) if parameters is None else parameters
+        return pull_back(chain, weights, self.weight(injected), keep=keep, boundary=boundary)
+
+    def estimate(
+        self,
+        pulled: Pulled,
+        injected: int,
+        lookback: int,
+        *,
+        denominator: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Estimate:
+        """Return what came out of all that was run; see `Estimate`."""
+        loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
+        norms = pulled.boundary_norms
+        return Estimate(
+            outputs=time_cat(self.outputs) if self.keep_outputs else None,
+            loss=loss_sum / self.num_terms,
+            loss_sum=loss_sum,
+            num_terms=self.num_terms,
+            gradients=own(self.names, self.parameters, pulled.gradients),
+            lookback=lookback,
+            boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
+            num_injected=injected,
+            denominator=denominator,
+            metrics=dict(metrics or {}),
+        )
+
+    def _count(self, outputs: Tree, loss_sum: Tensor, count: int) -> None:
+        if self.keep_outputs:
+            self.outputs.append(detach(outputs))
+        self.sums.append(loss_sum.detach())
+        self.num_terms += count
