@@ -54,8 +54,9 @@ class Adaptive(Length):
         tolerance: of the relative bias, above 0 and below 1. Smaller is longer.
         min: the floor, steps.
         max: the longest, steps: of memory, too, are `max + k1 - 1` steps needed.
-        every: updates between two probes; left out: after 300 updates and 40 times
-            `max` steps, the first few sooner: well below 5 % of the time.
+        every: updates between two probes; left out: after 300 updates and 40 times `max` steps, the first few sooner.
+            Measured: 3 to 5 % of the time; 8 % in a tiny model with short plain windows
+            (benchmarks/results/speed_adaptive.json).
         first: steps at the start; left out: 16, within the bounds.
         windows: "overlapping", every loss reaches kappa; or "plain", k1 = k2, in the mean over a window's losses.
         scale_rate: what the learning rate does as the length changes, relative to `first`: "none"; "sqrt", as in the

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tbptt.comparison import Comparison, Curve, Row
-from tbptt.report.figure import Axis, Figure, Trace, View, bars, escaped, line, lines, of_views
+from tbptt.report.figure import Axis, Figure, Trace, View, bars, line, lines, of_views
 from tbptt.report.page import Page, Section
 from tbptt.report.series import Series, moving_mean, thinned
 from tbptt.report.table import Table
@@ -124,12 +124,7 @@ def _point(row: Row, point: Series, index: int) -> list[Trace]:
         return lines(row.name, point, index, log_y=True)
     known = math.isfinite(row.bias_low) and math.isfinite(row.bias_high)
     above, below = (row.bias_high - y, min(y - row.bias_low, 0.999 * y)) if known else (0.0, 0.0)
-    changes: dict[str, Any] = {
-        "mode": "markers+text",
-        "text": [_short(row.name)],
-        "textposition": "top center",
-        "cliponaxis": False,
-    }
+    changes: dict[str, Any] = {"mode": "markers", "cliponaxis": False}  # which is which says the legend: names collide
     changes["error_y"] = {"type": "data", "array": [above], "arrayminus": [below], "thickness": 1.2, "visible": known}
     return [line(row.name, point, index, **changes)]
 
@@ -146,7 +141,10 @@ def _direction(rows: Sequence[Row]) -> Section | None:
     by_name = Axis("", "category")
     views = [
         View(
-            "cosine", [bars("cosine", names, cosine, 0, error_y=errors)], by_name, Axis("cosine to the full gradient")
+            "cosine",
+            [bars("cosine", names, cosine, 0, error_y=errors, textposition="none")],
+            by_name,
+            Axis("cosine to the full gradient"),
         ),
         View("variance", [bars("relative variance", names, variance, 1)], by_name, Axis("relative variance")),
     ]
@@ -194,7 +192,3 @@ def _curve(curve: Curve, kind: str, key: str) -> Series:
     x: list[float] = getattr(curve, f"validation_{key}" if kind == "validation" else key)
     y: list[float] = getattr(curve, f"{kind}_loss")
     return Series(np.array(x, dtype=np.float64), np.array(y, dtype=np.float64))
-
-
-def _short(name: str) -> str:
-    return escaped(name if len(name) <= 24 else f"{name[:23]}…")

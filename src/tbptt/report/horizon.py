@@ -149,17 +149,29 @@ def _against_cost(report: HorizonReport) -> Figure | None:
         y = np.array([values[each] for each in steps])
         points = Series(x, y)
         drawn = np.isfinite(y) & (y > 0)
-        labels = [str(each) for each, kept in zip(steps, drawn.tolist(), strict=True) if kept]
+        shown = [each for each, kept in zip(steps, drawn.tolist(), strict=True) if kept]
         traces = lines(label, points, 0, log_y=True)[1:]
-        labelled = line(label, points.where(drawn), 0, points=True, mode="lines+markers+text", text=labels)
+        labelled = line(label, points.where(drawn), 0, points=True, mode="lines+markers+text")
         labelled |= {
+            "text": _sparse(shown),
             "textposition": "top right",
             "cliponaxis": False,
-            "hovertemplate": "k2 = %{text}<br>%{x}, %{y}<extra></extra>",
+            "customdata": shown,
+            "hovertemplate": "k2 = %{customdata}<br>%{x}, %{y}<extra></extra>",
         }
         views.append(View(button, [labelled, *traces], Axis(axis, "log"), Axis(label, "log")))
     text = "Each point is an update of so many steps, k1 = k2: lower is nearer to the full gradient, left is cheaper."
     return of_views("Bias against cost", text, views)
+
+
+def _sparse(steps: list[int]) -> list[str]:
+    """Return labels of which each is at least twice the last one, so that they do not collide."""
+    labels: list[str] = []
+    last = 0
+    for each in steps:
+        labels.append(str(each) if each >= 2 * last and each > 4 else "")
+        last = each if labels[-1] else last
+    return labels
 
 
 def _signed(report: HorizonReport, chosen: Recommendation | None) -> Section | None:
