@@ -15,7 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from tbptt import estimators
 from tbptt.errors import ConfigError
-from tbptt.estimators import Estimator
+from tbptt.estimators import ClipBoundary, Estimator
+from tbptt.estimators.boundary import parse_boundary
 from tbptt.length import Length, parse_length
 
 __all__ = ["Config", "Data", "Guards", "Model", "Optimizer", "Run", "Schedule", "arguments_model", "estimator_classes"]
@@ -42,7 +43,25 @@ def _spelled_length(value: object) -> int | str:
     return str(parsed)
 
 
+def _spelled_boundary(value: object) -> str | None:
+    """Return a `ClipBoundary` as a configuration has it, in its full spelling."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            return str(parse_boundary(value))
+    except ConfigError as error:
+        raise PydanticCustomError("boundary", '"ClipBoundary(1.0)" ({why})', {"why": error.message}) from error
+    raise PydanticCustomError("boundary", '"ClipBoundary(1.0)"')
+
+
 SpelledLength: TypeAlias = Annotated[Any, PlainValidator(_spelled_length)]
+SpelledBoundary: TypeAlias = Annotated[Any, PlainValidator(_spelled_boundary)]
+_SPELLED: dict[type, tuple[Any, Callable[[str], Any]]] = {
+    Length: (SpelledLength, parse_length),
+    ClipBoundary: (SpelledBoundary, parse_boundary),
+}
+"""What stands in a configuration as it is written in Python: how it is checked, and how it is read."""
 
 
 class _Section(BaseModel):
@@ -196,10 +215,10 @@ class Config(_Section):
             ConfigError: its arguments cannot be meant.
         """
         kind = estimator_classes()[self.estimator["name"]]
-        lengths = _lengths_of(kind)
+        spelled = _spelled_in(kind)
         return kind(
             **{
-                name: parse_length(value) if name in lengths and isinstance(value, str) else value
+                name: _SPELLED[spelled[name]][1](value) if name in spelled and isinstance(value, str) else value
                 for name, value in self.estimator.items()
                 if name != "name"
             }
@@ -221,9 +240,9 @@ def estimator_classes() -> dict[str, Callable[..., Estimator]]:
 def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -> type[BaseModel]:
     """Return a model of the arguments of a class, so that they are checked as every section is.
 
-    A length that may change is a number, or the policy as text: `"Adaptive(tolerance=0.1)"`.
+    A length that may change is a number, or the policy as text: `"Adaptive(tolerance=0.1)"`; so is a `ClipBoundary`.
     """
-    hints = _hints(target) | dict.fromkeys(_lengths_of(target), SpelledLength)
+    hints = _hints(target) | {name: _SPELLED[kind][0] for name, kind in _spelled_in(target).items()}
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if name not in without:
@@ -237,6 +256,6 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(target if isinstance(target, type) and is_dataclass(target) else target.__init__)
 
 
-def _lengths_of(target: Callable[..., Any]) -> set[str]:
-    """Return the names of the arguments that may be a `Length`."""
-    return {name for name, hint in _hints(target).items() if Length in get_args(hint)}
+def _spelled_in(target: Callable[..., Any]) -> dict[str, type]:
+    """Return the arguments that are spelled as in Python, with what they may be."""
+    return {name: kind for name, hint in _hints(target).items() for kind in _SPELLED if kind in get_args(hint)}

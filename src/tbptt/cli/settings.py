@@ -188,7 +188,7 @@ def _checked_estimator(config: Config, origins: Mapping[str, str], examples: Map
         )
     given = {key: value for key, value in config.estimator.items() if key != "name"}
     model = arguments_model(classes[name], _ESTIMATOR_SET_ELSEWHERE)
-    return {"name": name, **_validated(model, given, "estimator", origins, examples).model_dump()}
+    return {"name": name, **_validated(model, given, "estimator", origins, examples).model_dump(exclude_none=True)}
 
 
 def _build_estimator(config: Config, examples: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import tbptt.length
 from tbptt.cli.config import estimator_classes
 from tbptt.cli.settings import did_you_mean
 from tbptt.errors import ConfigError
-from tbptt.estimators import Estimator
+from tbptt.estimators import ClipBoundary, Estimator
 from tbptt.length import Length
 
 __all__ = ["parse_estimator"]
@@ -36,7 +36,7 @@ def parse_estimator(text: str) -> Estimator:
     classes = estimator_classes()
     if not isinstance(parsed, ast.Call):
         _refuse(text, "which is no call", None)
-    found = _value(parsed, {**classes, **_lengths()})
+    found = _value(parsed, {**classes, **_lengths(), "ClipBoundary": ClipBoundary})
     if not isinstance(found, Estimator):
         _refuse(text, f"which is a {type(found).__name__}", None)
     return found

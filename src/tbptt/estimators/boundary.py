@@ -5,6 +5,7 @@ Letters: B lanes.
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -16,20 +17,7 @@ from tbptt.errors import ConfigError, NonFiniteError
 from tbptt.estimators.segments import Boundary, Gradients, lane_norms, pass_on
 from tbptt.tree import LaneDims, Tree, tensors
 
-__all__ = ["OPEN", "ClipBoundary", "OpenBoundary"]
-
-
-@dataclass(frozen=True)
-class OpenBoundary:
-    """Let the gradient cross as it is: what every estimator does unless it is told otherwise."""
-
-    def at(self, dims: LaneDims | None) -> Boundary:
-        """Return the rule for a state with these lane dimensions."""
-        del dims  # the same for all
-        return pass_on
-
-
-OPEN = OpenBoundary()
+__all__ = ["ClipBoundary", "parse_boundary", "rule_at"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +93,35 @@ class ClipBoundary:
             ]
 
         return clip
+
+
+def rule_at(boundary: ClipBoundary | None, dims: LaneDims | None) -> Boundary:
+    """Return what becomes of the gradient at the boundaries of a state with these lane dimensions; None: it passes."""
+    return pass_on if boundary is None else boundary.at(dims)
+
+
+def parse_boundary(text: str) -> ClipBoundary:
+    """Return what a configuration spells, `"ClipBoundary(1.0)"`.
+
+    Raises:
+        ConfigError: it is no such call with a plain number.
+
+    Example:
+        >>> parse_boundary("ClipBoundary(0.5)")
+        ClipBoundary(max_norm=0.5)
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != "ClipBoundary":
+            raise ValueError
+        given = [ast.literal_eval(each) for each in call.args]
+        return ClipBoundary(*given, **{str(each.arg): ast.literal_eval(each.value) for each in call.keywords})
+    except (SyntaxError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"ClipBoundary with a number was expected, but {text!r} came", fix='boundary = "ClipBoundary(1.0)"'
+        ) from error
 
 
 def _shaped(factors: Tensor, gradient: Tensor, dim: int | None) -> Tensor:

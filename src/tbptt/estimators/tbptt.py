@@ -14,7 +14,7 @@ from torch import nn
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.boundary import OPEN, ClipBoundary, OpenBoundary
+from tbptt.estimators.boundary import ClipBoundary, rule_at
 from tbptt.estimators.carry import ChainCarry, check_lanes_of
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.lengths import Lengths
@@ -53,7 +53,7 @@ class TBPTT(Estimator):
             a graph cut where it was not, and then runs those steps once more. Not with lengths that change.
         keep_outputs: whether estimates hold the window's outputs.
         boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1):
-            `ClipBoundary(max_norm)` clips it there; left out: it goes on as it is.
+            `ClipBoundary(max_norm)` clips it there; None: it goes on as it is.
 
     Raises:
         ConfigError: a length that is neither a whole number from 1 nor a `Length`, an unknown choice, or
@@ -76,7 +76,7 @@ class TBPTT(Estimator):
     losses: Literal["tail", "all"] = "tail"
     replay: Literal["recompute", "retain"] = "recompute"
     keep_outputs: bool = False
-    boundary: ClipBoundary | OpenBoundary = OPEN
+    boundary: ClipBoundary | None = None
 
     kind: ClassVar[str] = "biased"
 
@@ -103,7 +103,7 @@ class TBPTT(Estimator):
                     f'{name} was expected to be "{choices[0]}" or "{choices[1]}", but is {getattr(self, name)!r}',
                     fix=f'TBPTT({self.k1}, {self.k2}, {name}="{choices[0]}")',
                 )
-        if isinstance(self.boundary, ClipBoundary) and isinstance(self.k1, int) and isinstance(self.k2, int):
+        if self.boundary is not None and isinstance(self.k1, int) and isinstance(self.k2, int):
             self.boundary.refuse_unless(self.k2 > self.k1, f"TBPTT(k1={self.k1}, k2={self.k2})")
         if self.lengths.vary and self.replay == "retain":
             raise ConfigError(
@@ -189,7 +189,7 @@ class _Regimes:
     def __init__(self, setting: TBPTT, k1: int, k2: int, run: Run) -> None:
         self.setting, self.k1, self.k2, self.run = setting, k1, k2, run
         self.carry, self.window = run.carry, run.window
-        self.boundary = setting.boundary.at(self.carry.dims)
+        self.boundary = rule_at(setting.boundary, self.carry.dims)
 
     def within(self) -> tuple[Estimate, ChainCarry]:
         """k2 <= k1: the look-back ends inside the window."""
