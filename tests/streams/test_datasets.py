@@ -69,7 +69,15 @@ def test_the_script_finds_the_stored_peaks(peaks: np.ndarray) -> None:
     pytest.importorskip("scipy")
     find_r_peaks = runpy.run_path(str(SCRIPT))["find_r_peaks"]
     with np.load(DATA / "mitdb208.npz") as archive:
-        assert np.array_equal(find_r_peaks(archive["ecg"]), peaks)
+        ecg = archive["ecg"]
+    found = find_r_peaks(ecg)
+    # In exact arithmetic some beats have two samples that are equally steep: there rounding, which differs from
+    # processor to processor, chooses.
+    steep = np.convolve(np.diff(ecg.astype(np.int64), prepend=int(ecg[0])), np.ones(10, np.int64), mode="same") ** 2
+    assert len(found) == len(peaks)
+    assert np.array_equal(steep[found], steep[peaks])
+    assert np.abs(found - peaks).max() < 0.05 * 360  # of the same beat
+    assert np.count_nonzero(found != peaks) < 0.02 * len(peaks)
 
 
 def test_both_parts_of_shakespeare_share_the_vocabulary_and_nothing_else() -> None:
