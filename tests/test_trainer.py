@@ -356,6 +356,10 @@ def test_gradients_of_one_update_do_not_outlive_it(tmp_path: Path) -> None:
         kind = "biased"
         inner = tbptt.TBPTT(8, 8)
 
+        @classmethod
+        def examples(cls):
+            return (cls(),)
+
         def next_steps(self, carry):
             alive.append(sum(each() is not None for each in seen))
             return 8

@@ -5,9 +5,9 @@ from tbptt.adapters import Stateful, stateful
 from tbptt.checks import CheckReport, check
 from tbptt.comparison import Comparison, compare
 from tbptt.errors import TbpttError
-from tbptt.estimators import TBPTT, Carry, Estimate, Estimator
+from tbptt.estimators import PES, TBPTT, Carry, ClipBoundary, ESSingle, Estimate, Estimator, FullBPTT, TruncatedES
 from tbptt.evaluate import evaluate
-from tbptt.guards import ClipNorm, ClipValue, Guard, NonFinite
+from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Adaptive, Choice, Length, Ramp, RandomLength, scaled_rate
 from tbptt.loss import Loss
 from tbptt.model import scan
@@ -21,18 +21,23 @@ from tbptt.window import Window
 __version__ = "0.1.0"
 
 __all__ = [
+    "PES",
     "TBPTT",
     "Adaptive",
+    "AdaptiveClip",
     "Alarms",
     "ArrayStream",
     "Carry",
     "CheckReport",
     "Choice",
+    "ClipBoundary",
     "ClipNorm",
     "ClipValue",
     "Comparison",
+    "ESSingle",
     "Estimate",
     "Estimator",
+    "FullBPTT",
     "Guard",
     "HeldOut",
     "LagCurves",
@@ -46,6 +51,7 @@ __all__ = [
     "RandomLength",
     "Saving",
     "SequenceModel",
+    "SpikeRollback",
     "StabilityFile",
     "Stateful",
     "Stream",
@@ -55,7 +61,9 @@ __all__ = [
     "TextStream",
     "Trainer",
     "Tree",
+    "TruncatedES",
     "Window",
+    "ZClip",
     "check",
     "compare",
     "evaluate",

@@ -7,6 +7,7 @@
     ├── StreamError      (RuntimeError)     data that cannot be read
     │   └── EndOfStream                     one pass is over: not a fault, rewind to go on
     ├── NonFiniteError   (ArithmeticError)  NaN or infinity where a number is needed
+    ├── DivergedError    (ArithmeticError)  training that going back does not help
     ├── CheckError       (RuntimeError)     a model that does not carry its state
     └── CheckpointError  (RuntimeError)     a checkpoint that cannot be trusted
 
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWarning",
     "ConfigError",
+    "DivergedError",
     "EndOfStream",
     "NonFiniteError",
     "ShapeError",
@@ -74,6 +76,10 @@ class EndOfStream(StreamError):
 
 class NonFiniteError(TbpttError, ArithmeticError):
     """NaN or infinity stands where a number is needed."""
+
+
+class DivergedError(TbpttError, ArithmeticError):
+    """Training has gone wrong again and again, however often it went back."""
 
 
 class CheckError(TbpttError, RuntimeError):

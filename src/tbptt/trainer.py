@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tbptt.checkpoint import Checkpoints, Loaded
 from tbptt.checks import check_on_stream
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
-from tbptt.estimators.base import Carry, Estimator
+from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.guards.base import Guard, guarded
+from tbptt.guards.base import Guard, RollBack, check_guards, guarded
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.interrupts import Interrupts
 from tbptt.length import scaled_rate
@@ -32,6 +32,7 @@ from tbptt.monitors.metrics import MetricsFile
 from tbptt.monitors.stability import StabilityFile
 from tbptt.monitors.timing import TimingFile
 from tbptt.randomness import random_state, seed_everything, set_random_state
+from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
 from tbptt.tree import all_finite, to
 from tbptt.window import Window
@@ -116,7 +117,8 @@ class Trainer:
         optimizer: over the model's parameters.
         estimator: how the gradient is made, for example `TBPTT(k1=64, k2=64)`.
         stream: where the windows come from.
-        guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`.
+        guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`. One that changes the mean of
+            an unbiased estimator is refused, unless it has `allow_bias=True`.
         monitors: besides the files that are written whenever there is a directory, and the alarms, which warn of
             what goes wrong; `Alarms(...)` among them takes the place of the usual one.
         directory: where checkpoints, metrics.jsonl, timing.jsonl and stability.jsonl go; left out: nothing is
@@ -156,7 +158,7 @@ class Trainer:
     ) -> None:
         self.model, self.loss, self.optimizer = model, StepLoss.of(loss), optimizer
         self.estimator, self.stream, self.seed, self.checked = estimator, stream, seed, checked
-        self.guards = [NonFinite("raise")] if guards is None else list(guards)
+        self.guards = check_guards([NonFinite("raise")] if guards is None else guards, estimator)
         self.scheduler, self.held_out, self.saving = scheduler, held_out, saving or Saving()
         if isinstance(scheduler, ReduceLROnPlateau) and held_out is None:
             raise ConfigError(
@@ -176,6 +178,9 @@ class Trainer:
             each.hearers = others
         self.monitors = [*others, *alarms]  # an alarm may be made an error: by then all others have seen the update
         self.device = next(model.parameters()).device
+        for guard in self.guards:
+            guard.begin(model)
+        self.snapshots = Snapshots(self.guards, model, optimizer, scheduler)
         self.carry: Carry = estimator.init(model, stream.lanes)
         self.updates = self.passes = 0
         self.validated: tuple[int, dict[str, float]] = (-1, {})
@@ -197,6 +202,7 @@ class Trainer:
             ConfigError: neither is given.
             CheckError: the model does not carry its state.
             CheckpointError: the directory holds another run, or no sound checkpoint.
+            DivergedError: `SpikeRollback` has gone back too often.
         """
         if updates is None and passes is None:
             raise ConfigError("it is not said when to stop", fix="trainer.run(updates=10_000)")
@@ -226,6 +232,7 @@ class Trainer:
             loaded = None if self.checkpoints is None else self.checkpoints.load_latest()
             if loaded is None:
                 seed_everything(self.seed)
+                self.snapshots.take(0, self.carry)
             else:
                 self._restore(loaded)
             if self.checked:
@@ -240,12 +247,11 @@ class Trainer:
 
     def _read(self, passes: int | None) -> Window | None:
         """Return the next window, of this pass or of the next; None when the passes are over."""
-        steps = self.estimator.next_steps(self.carry)
         for rewound in (False, True):
             if passes is not None and self.passes >= passes:
                 return None
             try:
-                return self.stream.read(steps)
+                return self.estimator.read(self.stream, self.carry)
             except EndOfStream as end:
                 if rewound:
                     raise StreamError("the stream has no steps, not even after rewind()") from end
@@ -256,8 +262,10 @@ class Trainer:
 
     def _update(self, window: Window) -> None:
         self.optimizer.zero_grad()  # the last gradients make room for the next
-        raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window.to(self.device))
-        estimate = guarded(raw, self.guards)
+        window = self.snapshots.with_resets(window.to(self.device))
+        raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window)
+        verdict = guarded(raw, self.guards)
+        estimate = verdict if isinstance(verdict, Estimate) else None
         applied = estimate is not None and estimate.num_injected > 0
         rate = float(self.optimizer.param_groups[0]["lr"]) * raw.rate_factor
         if estimate is not None and applied:
@@ -266,9 +274,16 @@ class Trainer:
                 self.optimizer.step()
             if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()
-        if estimate is not None or all_finite(carry.state):
-            self.carry = carry  # else: a refused window that broke the state counts as never seen
+        # A refused window that broke the state counts as never seen, but for the sequences that it begins.
+        carried_on = estimate is not None or (verdict is None and all_finite(carry.state))
         self.updates += 1
+        self.snapshots.note(window, carried_on=carried_on)
+        if isinstance(verdict, RollBack):
+            raw = self._rolled_back(raw, verdict)
+        elif carried_on:
+            self.carry = carry
+        if applied:
+            self.snapshots.take(self.updates, self.carry)
         self._place = self.stream.state_dict()
         update = Update(
             number=self.updates,
@@ -284,6 +299,14 @@ class Trainer:
         )
         for monitor in self.monitors:
             monitor.update(update)
+
+    def _rolled_back(self, raw: Estimate, verdict: RollBack) -> Estimate:
+        """Go back, while the stream goes on; return the estimate that made it so, with how far as a metric."""
+        undone = self.snapshots.restore(self.updates, self.carry)
+        text = f"update {self.updates} went back: {verdict.reason}; {undone} updates before it are undone"
+        for monitor in self.monitors:
+            monitor.message(text)
+        return raw.with_gradients(raw.gradients, rolled_back=float(undone))
 
     def _validate(self, held_out: HeldOut) -> None:
         metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics)
@@ -319,6 +342,7 @@ class Trainer:
             "stream": self._place,
             "random": random_state(),
             "guards": [guard.state_dict() for guard in self.guards],
+            "snapshots": self.snapshots.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._named_monitors()},
         }
 
@@ -351,6 +375,8 @@ class Trainer:
         self.updates, self.passes, self.validated = state["updates"], state["passes"], state["validated"]
         for guard, remembered in zip(self.guards, state["guards"], strict=True):
             guard.load_state_dict(remembered)
+        if "snapshots" in state:  # checkpoints of runs in which nothing went back may have been written before
+            self.snapshots.load_state_dict(state["snapshots"])
         for name, monitor in self._named_monitors():
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])

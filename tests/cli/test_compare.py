@@ -104,7 +104,7 @@ def test_estimators_as_in_python(spelled: str, wanted: TBPTT) -> None:
         ("Adaptive()", "which is a Adaptive", "-e 'TBPTT"),
         ("TBTT(8, 8)", "but TBTT came", "did you mean TBPTT?"),
         ("TBPTT(8, Adaptve())", "but Adaptve came", "did you mean Adaptive?"),
-        ("TBPTT(k1=8, k3=8)", "TBPTT(k1, k2, losses, replay, keep_outputs) was expected", "-e 'TBPTT"),
+        ("TBPTT(k1=8, k3=8)", "TBPTT(k1, k2, losses, replay, keep_outputs, boundary) was expected", "-e 'TBPTT"),
         ("TBPTT(8, 4, loses='all')", "it has no loses", "did you mean losses?"),
         ("TBPTT(8)", "missing a required argument: 'k2'", "-e 'TBPTT"),
         ("TBPTT(8, k)", "but k came: nothing else is looked up", "-e 'TBPTT"),

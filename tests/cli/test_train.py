@@ -147,3 +147,41 @@ def test_threads_are_set_and_recorded(train: Program) -> None:
     run = train("--threads", "2").run
     assert torch.get_num_threads() == 2
     assert tomllib.loads((run / "config.toml").read_text())["run"]["threads"] == 2
+
+
+def test_all_guards_can_be_set_and_a_run_with_them_goes_on(train: Program, program: Program) -> None:
+    settings = {
+        "non_finite": '"skip"',
+        "spike_rollback": "2",
+        "clip_value": "10",
+        "adaptive_clip": "0.1",
+        "z_clip": "2.5",
+        "clip_norm": "1",
+        "allow_bias": "true",
+    }
+    words = [word for name, value in settings.items() for word in ("--set", f"guards.{name}={value}")]
+    whole, pieces = train(*words, "--updates", "6").run, train(*words, "--updates", "3").run
+    assert program("resume", pieces, "--updates", "6").code == 0
+    last = "checkpoints/update-0000000006/model.safetensors"
+    assert (whole / last).read_bytes() == (pieces / last).read_bytes()
+    written = tomllib.loads((whole / "config.toml").read_text(encoding="utf-8"))["guards"]
+    assert written == {name: tomllib.loads(f"x = {value}")["x"] for name, value in settings.items()}
+    about = json.loads((whole / "checkpoints/update-0000000006/state.json").read_text())["state"]["about"]
+    assert about["guards"] == "NonFinite, SpikeRollback, ClipValue, AdaptiveClip, ZClip, ClipNorm"
+
+
+def test_no_clipping_where_the_defaults_have_some(train: Program) -> None:
+    def guards(*words: str) -> str:
+        run = train("--updates", "1", *words).run
+        state = json.loads((run / "checkpoints/update-0000000001/state.json").read_text())
+        return state["state"]["about"]["guards"]
+
+    assert guards() == "NonFinite, ClipNorm"
+    assert guards("--set", "guards.clip_norm=0") == "NonFinite"
+
+
+@pytest.mark.parametrize("word", ["spike_rollback=0", "spike_rollback=true", "z_clip=-1", "allow_bias=1", "agc=0.1"])
+def test_guards_that_cannot_be_meant_are_refused(train: Program, word: str) -> None:
+    ended = train("--set", f"guards.{word}")
+    assert ended.code == 2
+    assert f"guards.{word.partition('=')[0]}" in ended.err

@@ -24,6 +24,10 @@ class Fake(Estimator):
 
     kind: ClassVar[str] = "unbiased"
 
+    @classmethod
+    def examples(cls) -> tuple[Fake, ...]:
+        return (cls(TBPTT(4, 4)),)
+
     def next_steps(self, carry: Any) -> int:
         return self.inner.next_steps(carry)
 

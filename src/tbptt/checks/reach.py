@@ -57,8 +57,11 @@ class Reach:
 
 def reach(trial: Trial, estimator: Estimator, *, takes_steps: bool) -> CheckItem:
     """Measure how far the gradients of `estimator` go with the model of a trial."""
+    estimator = estimator.fixed(estimator.init(trial.model, 1))
     steps = estimator.next_steps(estimator.init(trial.model, 1))
-    asked = estimator.reach(steps)
+    asked, _ = _asked(estimator, steps)
+    if not asked:
+        return CheckItem("reach", "note", "not measured: the estimator moves all weights at random")
     longest = max(asked)
     if not takes_steps:
         return CheckItem("reach", "note", "not measured: the model takes no single steps")
@@ -124,8 +127,7 @@ def measure_reach(
     Cost: about N / k1 + len(positions) estimates, N = k1 + the longest reach asked for, rounded up.
     """
     steps = estimator.next_steps(estimator.init(model, tensors(inputs)[0].shape[1]))
-    asked = estimator.reach(steps)
-    before = -(-max(asked) // steps) * steps
+    asked, before = _asked(estimator, steps)
     chosen = range(steps) if positions is None else positions
     edges = {before + at - asked[at] + extra for at in chosen for extra in (0, 1, 2)}
     cuts = sorted(edges if before + steps > FINE else range(before + steps))
@@ -150,6 +152,17 @@ def measure_reach(
             full[: bisect_left(firsts, before + at + 1 - asked[at])] = 0  # older than what is asked for
             found.append(Reach(asked[at], _reach(before + at, full, firsts), measured))
     return found
+
+
+def _asked(estimator: Estimator, steps: int) -> tuple[tuple[int, ...], int]:
+    """Return how far the losses of a window are to reach, and how many steps are run before it, in whole windows.
+
+    Where all of the past is promised, that is two windows.
+    """
+    promised = estimator.reach(steps)
+    if promised is None:
+        return tuple(2 * steps + at + 1 for at in range(steps)), 2 * steps
+    return promised, -(-max(promised, default=0) // steps) * steps
 
 
 class _Projection:

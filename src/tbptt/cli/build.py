@@ -15,7 +15,7 @@ from tbptt.cli.data import Opened, open_source
 from tbptt.cli.rundir import Facts, Record
 from tbptt.errors import ConfigError
 from tbptt.estimators import Estimator
-from tbptt.guards import ClipNorm, ClipValue, Guard, NonFinite
+from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Length
 from tbptt.metrics import Metric, metric
 from tbptt.models import SequenceModel
@@ -144,9 +144,17 @@ def _scheduler(optimizer: Optimizer, schedule: Schedule, updates: int) -> Lambda
 
 
 def _guards(config: Config) -> list[Guard]:
-    guards: list[Guard] = [NonFinite(config.guards.non_finite)]
-    if config.guards.clip_value is not None:
-        guards.append(ClipValue(config.guards.clip_value))
-    if config.guards.clip_norm is not None:
-        guards.append(ClipNorm(config.guards.clip_norm))
+    """Return the guards, in the order in which the section has them."""
+    chosen, bias = config.guards, config.guards.allow_bias is True
+    guards: list[Guard] = [NonFinite(chosen.non_finite)]
+    if chosen.spike_rollback is not None:
+        guards.append(SpikeRollback(chosen.spike_rollback, allow_bias=bias))
+    if chosen.clip_value is not None:
+        guards.append(ClipValue(chosen.clip_value, allow_bias=bias))
+    if chosen.adaptive_clip is not None:
+        guards.append(AdaptiveClip(chosen.adaptive_clip, allow_bias=bias))
+    if chosen.z_clip is not None:
+        guards.append(ZClip(chosen.z_clip, allow_bias=bias))
+    if chosen.clip_norm:  # 0 is none
+        guards.append(ClipNorm(chosen.clip_norm, allow_bias=bias))
     return guards

@@ -150,11 +150,25 @@ class Schedule(_Section):
 
 
 class Guards(_Section):
-    """What may happen to a gradient before the optimizer sees it, in the order non_finite, clip_value, clip_norm."""
+    """What may happen to a gradient before the optimizer sees it, in this order; what is left out does not happen.
+
+    Args:
+        non_finite: whether NaN and infinity end the run, or are left out.
+        spike_rollback: updates between two snapshots for `SpikeRollback` to go back to.
+        clip_value: the largest size of an element.
+        adaptive_clip: the largest norm of a unit's gradient, in norms of its weights.
+        z_clip: how many deviations above its running mean the norm may be.
+        clip_norm: the largest norm; 0 for any, where the default for the data is another.
+        allow_bias: whether they may all be used with an unbiased estimator, whose promise they break; left out: no.
+    """
 
     non_finite: Literal["raise", "skip"] = "raise"
+    spike_rollback: Whole | None = None
     clip_value: Positive | None = None
-    clip_norm: Positive | None = None
+    adaptive_clip: Positive | None = None
+    z_clip: Positive | None = None
+    clip_norm: NotNegative | None = None
+    allow_bias: bool | None = None
 
 
 class Run(_Section):

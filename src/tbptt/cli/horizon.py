@@ -11,13 +11,14 @@ import typer
 
 from tbptt.cli.launch import tell
 from tbptt.cli.subject import Subject, check_page, open_subject
-from tbptt.errors import ConfigError
+from tbptt.errors import ConfigError, TbpttError
 from tbptt.horizon import Recommendation, influences, measure
+from tbptt.horizon.recommend import Limits, check_tolerance
 from tbptt.report import Strip, horizon_page
 
 __all__ = ["horizon"]
 
-_STRIPS, _STRIP_STEPS = 6, 200
+_STRIPS, _STRIP_STEPS = 6, (200, 20)
 
 
 def horizon(
@@ -51,6 +52,8 @@ def horizon(
     """
     check_page(out, "horizon.html")
     num_bytes = None if memory is None else _num_bytes(memory)
+    check_tolerance(tolerance)  # before anything is measured
+    Limits(k1, num_bytes, time)
     subject = open_subject(source, seed, assignments)
     parts = subject.parts
     longest = f"{max_lag} steps back" if max_lag else "as far back as it takes"
@@ -74,8 +77,8 @@ def horizon(
     if subject.update is not None:
         tell(f"weights   of update {subject.update} of {source}")
     tell(f"page      {page}")
-    if refused is not None:
-        raise refused
+    if refused is not None:  # no mistake of the caller's: what was measured does not allow for it
+        raise TbpttError(refused.message, fix=refused.fix) from refused
 
 
 def _num_bytes(text: str) -> float:
@@ -101,12 +104,15 @@ def _strips(subject: Subject) -> list[Strip]:
     facts, parts = subject.parts.data.facts, subject.parts
     if facts.vocabulary is None or parts.data.held_out is None:
         return []
-    steps = _STRIP_STEPS
-    try:
-        found = influences(parts.model, parts.loss, parts.data.held_out, steps=steps, count=_STRIPS)
-    except ConfigError:  # a short text: as far back as there is room for
-        steps = 20
-        found = influences(parts.model, parts.loss, parts.data.held_out, steps=steps, count=_STRIPS)
+    for steps in _STRIP_STEPS:
+        try:
+            found = influences(parts.model, parts.loss, parts.data.held_out, steps=steps, count=_STRIPS)
+            break
+        except ConfigError:  # a short text: as far back as there is room for
+            continue
+    else:
+        tell("the held-out text is too short to show what each character did")
+        return []
     strips: list[Strip] = []
     for each in found:
         assert each.target is not None

@@ -94,7 +94,7 @@ def plan(
     for name, each in estimators.items():
         with failures.kept(name):
             steps = each.next_steps(each.init(model, lanes))
-            reached = max(reached, *each.reach(min(steps, _LONGEST)))
+            reached = max([reached, *(each.reach(min(steps, _LONGEST)) or ())])
             windows.append(min(_LONGEST, longest_window(each, steps)))
             changing = longest_length(each)
             reached = max(reached, changing + windows[-1] + _PROBED if changing else 0)

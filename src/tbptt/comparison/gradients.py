@@ -151,7 +151,7 @@ def _one_draw(
             estimate, carry = estimator.estimate(model, loss, carry, excerpt.window[at : at + steps])
             at += steps
             if number >= 0 and estimate.num_injected:
-                total += flat(estimate.gradients, parameters).double() * estimate.num_injected
+                total += flat(estimate.gradients, parameters).double() * estimate.weight
                 injected += estimate.num_injected
                 lookbacks.append(estimate.lookback)
         if number in reference.points:  # without any loss injected nothing is learned: a gradient of zero

@@ -18,11 +18,12 @@ from tbptt.comparison.result import Curve
 from tbptt.errors import EndOfStream
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.guards.base import Guard, guarded
+from tbptt.guards.base import Guard, RollBack, check_guards, guarded
 from tbptt.length import scaled_rate
 from tbptt.loss import StepLoss
 from tbptt.metrics import Metric
 from tbptt.randomness import random_state, seed_everything, set_random_state
+from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
 from tbptt.tree import all_finite
 from tbptt.window import Window
@@ -70,9 +71,13 @@ class Runner:
         self.model, self.estimator, self.loss = copy.deepcopy(model), estimator, loss
         self.stream, self.setting = stream, setting
         self.optimizer = setting.optimizer(self.model.parameters())
-        self.guards = [copy.deepcopy(guard) for guard in setting.guards]
+        self.guards = [copy.deepcopy(guard) for guard in check_guards(setting.guards, estimator)]
         self.device = next(self.model.parameters()).device
+        for guard in self.guards:
+            guard.begin(self.model)
         self.carry: Carry = estimator.init(self.model, stream.lanes)
+        self.snapshots = Snapshots(self.guards, self.model, self.optimizer)
+        self.snapshots.take(0, self.carry)
         self.curve = Curve()
         self.updates = self.steps = 0
         self.clock = 0.0
@@ -103,39 +108,47 @@ class Runner:
         if self._count and not self.fault:
             self._record()
 
-    def _update(self) -> Estimate:
-        """Make one update, as the trainer does."""
-        window = self._read().to(self.device)
+    def _update(self) -> Estimate | None:
+        """Make one update, as the trainer does; return what was estimated, None where that was no number and undone."""
+        window = self.snapshots.with_resets(self._read().to(self.device))
         self.optimizer.zero_grad()
         raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window)
-        estimate = guarded(raw, self.guards)
-        if estimate is not None and estimate.num_injected:
+        verdict = guarded(raw, self.guards)
+        estimate = verdict if isinstance(verdict, Estimate) else None
+        applied = estimate is not None and estimate.num_injected > 0
+        if estimate is not None and applied:
             estimate.apply(self.model)
             with scaled_rate(self.optimizer, estimate.rate_factor):
                 self.optimizer.step()
-        if estimate is not None or all_finite(carry.state):
-            self.carry = carry
+        carried_on = estimate is not None or (verdict is None and all_finite(carry.state))
         self.updates += 1
+        self.snapshots.note(window, carried_on=carried_on)
+        if isinstance(verdict, RollBack):
+            self.snapshots.restore(self.updates, self.carry)
+        elif carried_on:
+            self.carry = carry
+        if applied:
+            self.snapshots.take(self.updates, self.carry)
         self.steps += window.steps
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return raw
+        went_back = isinstance(verdict, RollBack) and not math.isfinite(float(raw.loss_sum))
+        return None if went_back else raw
 
     def _read(self) -> Window:
-        steps = self.estimator.next_steps(self.carry)
         try:
-            return self.stream.read(steps)
+            return self.estimator.read(self.stream, self.carry)
         except EndOfStream:
             self.stream.rewind()
-            return self.stream.read(steps)
+            return self.estimator.read(self.stream, self.carry)
 
-    def _note(self, estimate: Estimate) -> None:
-        loss = float(estimate.loss_sum)
+    def _note(self, estimate: Estimate | None) -> None:
+        loss = 0.0 if estimate is None else float(estimate.loss_sum)
         if not math.isfinite(loss):
             self.fault = f"diverged: its loss was {loss} at update {self.updates}"
             return
         self._sum += loss
-        self._count += estimate.num_terms
+        self._count += 0 if estimate is None else estimate.num_terms
         done = self.setting.done(self.updates, self.clock)
         if self._count and (done >= 1 or int(done * _RECORDS) > self._recorded):
             self._recorded = int(done * _RECORDS)

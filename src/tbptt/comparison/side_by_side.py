@@ -24,7 +24,7 @@ from tbptt.comparison.result import Comparison, Curve, Row
 from tbptt.comparison.settings import named
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimator
-from tbptt.guards.base import Guard
+from tbptt.guards.base import Guard, check_guards
 from tbptt.loss import Loss, StepLoss
 from tbptt.metrics import Metric
 from tbptt.model import check_trainable
@@ -74,7 +74,8 @@ def compare(
         optimizer: parameters -> optimizer, such as `torch.optim.Adam`; None: no race.
         seconds: of its own clock that each estimator trains for.
         updates: that each makes; with `seconds` as well, whichever is over first.
-        guards: in the race, between estimate and optimizer; gradients are compared without.
+        guards: in the race, between estimate and optimizer; gradients are compared without. Where one changes
+            the mean of an unbiased estimator without `allow_bias=True`, that one does not race, and its row says why.
         held_out: what to validate on during the race, ten times, off the clock; afterwards rewound.
         metrics: what to measure there besides the loss, by name.
         points: how many spans.
@@ -113,6 +114,7 @@ def compare(
     if seed >= 2**32:
         raise ConfigError(f"a seed below 2**32 was expected, as numpy takes it, but {seed} came", fix="seed=0")
     setting = _race(optimizer, seconds, updates, guards, held_out, metrics or {}, stream)
+    check_guards(guards, None)
     check_trainable(model)
     step_loss, failures = StepLoss.of(loss), Failures()
     with _left_alone(stream, held_out):

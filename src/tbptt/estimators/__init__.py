@@ -3,6 +3,21 @@
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary
 from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.es_single import ESSingle
+from tbptt.estimators.full_bptt import FullBPTT
+from tbptt.estimators.pes import PES
 from tbptt.estimators.tbptt import TBPTT
+from tbptt.estimators.truncated_es import TruncatedES
 
-__all__ = ["TBPTT", "Carry", "ChainCarry", "ClipBoundary", "Estimate", "Estimator"]
+__all__ = [
+    "PES",
+    "TBPTT",
+    "Carry",
+    "ChainCarry",
+    "ClipBoundary",
+    "ESSingle",
+    "Estimate",
+    "Estimator",
+    "FullBPTT",
+    "TruncatedES",
+]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tbptt.loss import Loss
 from tbptt.model import named_parameters
+from tbptt.rereading import Readable
 from tbptt.tree import Tree
 from tbptt.window import Window
 
@@ -120,6 +121,14 @@ class Estimator(ABC):
     @abstractmethod
     def next_steps(self, carry: Any) -> int:
         """Return how many steps the next window should have."""
+
+    def read(self, stream: Readable, carry: Any) -> Window:
+        """Return the next window of a stream, or what stands in its place and only this estimator takes.
+
+        Raises:
+            EndOfStream: the pass is over.
+        """
+        return stream.read(self.next_steps(carry))
 
     @abstractmethod
     def init(self, model: nn.Module, lanes: int) -> Carry:

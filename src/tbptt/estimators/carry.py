@@ -16,10 +16,11 @@ from tbptt.estimators.lengths import States, states_from
 from tbptt.estimators.retained import RetainedSegment
 from tbptt.length import LengthState
 from tbptt.model import find_lane_dims
+from tbptt.rereading import Rereading
 from tbptt.tree import LaneDims, Tree
 from tbptt.window import Window
 
-__all__ = ["ChainCarry", "check_lanes_of"]
+__all__ = ["ChainCarry", "check_lanes_of", "check_saved_lanes", "check_steps_of"]
 
 
 @dataclass(eq=False)
@@ -92,7 +93,21 @@ def check_saved_lanes(lanes: int, saved: int) -> None:
         )
 
 
-def check_lanes_of(window: Window, lanes: int) -> None:
+def check_steps_of(window: Window, most: int, fix: str = "") -> None:
+    """Refuse a window of more steps than were asked for.
+
+    Raises:
+        ShapeError: it has more.
+    """
+    if window.steps > most:
+        raise ShapeError(
+            f"a window of at most k1 = {most} steps was expected, but {window.steps} came: "
+            "there would be fewer updates than k1 says",
+            fix=fix or "stream.read(estimator.next_steps(carry))",
+        )
+
+
+def check_lanes_of(window: Window | Rereading, lanes: int) -> None:
     """Refuse a window that does not have the lanes of the carry.
 
     Raises:

@@ -37,11 +37,8 @@ class Run:
         num_terms: how many losses are in them.
     """
 
-    def __init__(
-        self, model: nn.Module, loss: StepLoss, carry: ChainCarry, window: Window, *, keep_outputs: bool
-    ) -> None:
-        self.model, self.loss, self.carry, self.window = model, loss, carry, window
-        self.keep_outputs = keep_outputs
+    def __init__(self, model: nn.Module, loss: StepLoss, carry: ChainCarry, *, keep_outputs: bool) -> None:
+        self.model, self.loss, self.carry, self.keep_outputs = model, loss, carry, keep_outputs
         self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
@@ -60,18 +57,21 @@ class Run:
         self._count(segment.outputs, loss_sum, count)
         return segment.injecting(loss_sum) if count else segment
 
-    def look_back(self, past: Stretch | None, cuts: Iterable[int]) -> tuple[list[Segment], list[Stretch]]:
-        """Run what lies before the window again, and the window after it, whose losses are injected.
+    def look_back(
+        self, past: Stretch | None, window: Window, cuts: Iterable[int]
+    ) -> tuple[list[Segment], list[Stretch]]:
+        """Run what lies before a window again, and the window after it, whose losses are injected.
 
         Args:
             past: the steps before the window; None for none. What lies before them stays out of the graph.
+            window: the steps after them.
             cuts: where a segment begins, counted from the first step of the past; one begins with the window, too.
 
         Returns:
             The segments, oldest first, and their steps with the states before them.
         """
         news = 0 if past is None else past.window.steps
-        context = self.window.without_targets()
+        context = window.without_targets()
         whole = context if past is None else Window.join([past.window, context])
         state = self.carry.state if past is None else past.state
         chain: list[Segment] = []
@@ -80,10 +80,15 @@ class Run:
             stretches.append(Stretch(whole[begin:end], state))
             segment = Segment.run(self.model, whole[begin:end], state, self.carry.dims, track=begin > 0)
             if begin >= news:
-                segment = self.inject(segment, self.window[begin - news : end - news])
+                segment = self.inject(segment, window[begin - news : end - news])
             state = detach(segment.end)
             chain.append(segment)
         return chain, stretches
+
+    def newest_first(self) -> None:
+        """Put what was counted from the newest segment to the oldest into the order of time."""
+        self.outputs.reverse()
+        self.sums.reverse()
 
     def weight(self, denominator: float) -> Tensor:
         """Return 1 / denominator in the type of the losses, 0-dim."""

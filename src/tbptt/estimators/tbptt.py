@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from tbptt.errors import CapabilityError, ConfigError, ShapeError
+from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.lengths import Lengths
 from tbptt.estimators.retained import RetainedSegment, kept_for, newest
@@ -155,8 +155,8 @@ class TBPTT(Estimator):
         lengths = self.lengths
         k1, k2 = lengths.now(carry.lengths)
         self._check(carry, window, k1)
-        run = Run(model, StepLoss.of(loss), carry.with_dims(model, window), window, keep_outputs=self.keep_outputs)
-        regimes = _Regimes(self, k1, k2, run)
+        run = Run(model, StepLoss.of(loss), carry.with_dims(model, window), keep_outputs=self.keep_outputs)
+        regimes = _Regimes(self, k1, k2, run, window)
         if k2 <= k1:
             estimate, after = regimes.within()
         else:
@@ -173,22 +173,17 @@ class TBPTT(Estimator):
         return estimate, replace(after, lengths=states)
 
     def _check(self, carry: ChainCarry, window: Window, k1: int) -> None:
-        if window.steps > k1:
-            fix = f"stream.windows({k1}), or TBPTT(k1={window.steps}, k2={self.k2})"
-            raise ShapeError(
-                f"a window of at most k1 = {k1} steps was expected, but {window.steps} came: "
-                "there would be fewer updates than k1 says",
-                fix="stream.read(estimator.next_steps(carry))" if self.lengths.vary else fix,
-            )
+        fix = f"stream.windows({k1}), or TBPTT(k1={window.steps}, k2={self.k2})"
+        check_steps_of(window, k1, "" if self.lengths.vary else fix)
         check_lanes_of(window, carry.lanes)
 
 
 class _Regimes:
     """One call of `TBPTT.estimate`, in each of its three regimes."""
 
-    def __init__(self, setting: TBPTT, k1: int, k2: int, run: Run) -> None:
+    def __init__(self, setting: TBPTT, k1: int, k2: int, run: Run, window: Window) -> None:
         self.setting, self.k1, self.k2, self.run = setting, k1, k2, run
-        self.carry, self.window = run.carry, run.window
+        self.carry, self.window = run.carry, window
         self.boundary = rule_at(setting.boundary, self.carry.dims)
 
     def within(self) -> tuple[Estimate, ChainCarry]:
@@ -216,7 +211,7 @@ class _Regimes:
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + self.window.steps
         mark = max(0, steps + self.k1 - self.k2)  # where the next look-back begins, if its window is full
-        chain, stretches = run.look_back(past, [mark])
+        chain, stretches = run.look_back(past, self.window, [mark])
         injected = run.num_terms
         pulled = run.pull(chain, injected, boundary=self.boundary)
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))

@@ -4,19 +4,64 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from tbptt.estimators.base import Estimate
+from torch import nn
 
-__all__ = ["Guard", "guarded"]
+from tbptt.errors import ConfigError
+from tbptt.estimators.base import Estimate, Estimator
+from tbptt.estimators.boundary import ClipBoundary
+
+__all__ = ["Guard", "RollBack", "SnapshotPlan", "check_guards", "guarded"]
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """A guard's verdict that the update must not be made, and that the ones before it are not to be trusted either.
+
+    Args:
+        reason: what the guard has seen, for monitors to tell.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class SnapshotPlan:
+    """How often a guard that goes back wants what there is to go back to.
+
+    Args:
+        every: updates between two snapshots, at least 1.
+        keep: how many are kept, at least 2.
+    """
+
+    every: int
+    keep: int
 
 
 class Guard(ABC):
-    """Looks at an estimate, and passes it on, changes it, or refuses it."""
+    """Looks at an estimate, and passes it on, changes it, or refuses it.
+
+    A guard only judges. It holds settings, and what it remembers; going back is done by whoever runs the training.
+
+    Attributes:
+        changes_mean: whether what passes has another mean than what came. Refused with an unbiased estimator.
+        allow_bias: that its owner knows so, and means it.
+        snapshots: what a guard that may answer `RollBack` needs; None for all others.
+    """
+
+    changes_mean: ClassVar[bool] = False
+    allow_bias: bool = False
+    snapshots: SnapshotPlan | None = None
 
     @abstractmethod
-    def __call__(self, estimate: Estimate) -> Estimate | None:
-        """Return the estimate to use, or None to leave this update out."""
+    def __call__(self, estimate: Estimate) -> Estimate | RollBack | None:
+        """Return the estimate to use; None to leave this update out; `RollBack` to go back as well."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Hear, before the first estimate, which model they are for."""
+        del model  # most guards judge by the gradient alone
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the guard remembers; nothing unless it says otherwise."""
@@ -27,11 +72,69 @@ class Guard(ABC):
         del state  # nothing is remembered
 
 
-def guarded(estimate: Estimate, guards: Iterable[Guard]) -> Estimate | None:
-    """Return what the guards, one after the other, let pass; None as soon as one refuses it."""
+def guarded(estimate: Estimate, guards: Iterable[Guard]) -> Estimate | RollBack | None:
+    """Return what the guards, one after the other, let pass; the first verdict that is no estimate ends it."""
     for guard in guards:
-        passed = guard(estimate)
-        if passed is None:
-            return None
-        estimate = passed
+        verdict = guard(estimate)
+        if not isinstance(verdict, Estimate):
+            return verdict
+        estimate = verdict
     return estimate
+
+
+def check_guards(guards: Iterable[object], estimator: Estimator | None, *, no_roll_back: str = "") -> list[Guard]:
+    """Return the guards, once they are known to fit the estimator and whoever runs them.
+
+    Args:
+        guards: as they were given.
+        estimator: whose estimates they are to see; None: they fit some estimator, at most.
+        no_roll_back: why going back cannot be done here; empty where it can.
+
+    Raises:
+        ConfigError: what is no guard; a guard that changes the mean of an unbiased estimator without being allowed to;
+            one that goes back where that cannot be done, or two of them.
+    """
+    checked = [_checked(guard) for guard in guards]
+    for guard in checked:
+        _refuse_bias(guard, estimator)
+    backing = [type(guard).__name__ for guard in checked if guard.snapshots is not None]
+    if backing and no_roll_back:
+        raise ConfigError(
+            f"guards that judge one update at a time were expected, but {backing[0]} goes back: {no_roll_back}",
+            fix="ZClip() in its place, or training with tbptt.Trainer",
+        )
+    if len(backing) > 1:
+        raise ConfigError(
+            f"at most one guard that goes back was expected, but {' and '.join(backing)} came: each would undo what "
+            "the other has learned from",
+            fix="one SpikeRollback(...) among the guards",
+        )
+    return checked
+
+
+def _checked(guard: object) -> Guard:
+    if isinstance(guard, Guard):
+        return guard
+    if isinstance(guard, ClipBoundary):
+        raise ConfigError(
+            f"guards were expected, but {guard} is none: it acts on the state's gradient on its way back, before there "
+            "is an estimate to guard, and is given to the estimator",
+            fix=f"TBPTT(k1=..., k2=..., boundary={guard})",
+        )
+    raise ConfigError(
+        f"guards were expected, but {guard!r} came, which is none: it would not know how to judge an estimate",
+        fix="guards=[NonFinite(), ClipNorm(1.0)]",
+    )
+
+
+def _refuse_bias(guard: Guard, estimator: Estimator | None) -> None:
+    if estimator is None or estimator.kind != "unbiased" or not guard.changes_mean or guard.allow_bias:
+        return
+    name = type(guard).__name__
+    raise ConfigError(
+        f"guards that leave the mean alone were expected with {estimator}, which is unbiased, but {name} weakens or "
+        "drops its large estimates: these rare ones balance the many small ones, and without them the mean that the "
+        "estimator promises is lost",
+        fix=f"leave {name} out and lower the learning rate; or {name}(..., allow_bias=True), in a run's file "
+        "guards.allow_bias = true, if that is known and meant",
+    )

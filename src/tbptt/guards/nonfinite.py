@@ -34,7 +34,9 @@ class NonFinite(Guard):
         ConfigError: another action, or a limit below 1.
         NonFiniteError: when called with gradients that are not finite, as `action` says.
 
-    Exactness: exact: what passes is unchanged. Finite gradients whose norm overflows do pass.
+    Exactness: exact: what passes is unchanged. Finite gradients whose norm overflows do pass. Allowed with unbiased
+        estimators: "skip" chooses between an estimate and none, not between large and small ones. Whoever needs their
+        mean to the last digit takes "raise", as an overflow is a large estimate that could not be written down.
     Cost: O(P) reads and one number compared.
     """
 

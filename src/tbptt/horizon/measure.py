@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from tbptt.checks import check
 from tbptt.curve import Floats, dense, lag_grid, needed_lookback
-from tbptt.errors import ConfigError
+from tbptt.errors import ConfigError, EndOfStream, NonFiniteError
 from tbptt.horizon.costs import measure_costs
+from tbptt.horizon.fresh import diverged, fresh_loss, has_diverged
 from tbptt.horizon.lyapunov import lyapunov_exponents
 from tbptt.horizon.report import HorizonReport
 from tbptt.horizon.samples import Plan, Samples, places, sample
@@ -51,6 +53,7 @@ def measure(
     costs: bool = True,
     lyapunov: bool = True,
     seed: int = 0,
+    checked: bool = True,
 ) -> HorizonReport:
     """Send single losses far back, and report what arrives where, what each look-back misses, and what it costs.
 
@@ -79,11 +82,14 @@ def measure(
         lyapunov: whether to measure the largest Lyapunov exponent, where the state of a lane has up to 512 numbers
             and the model runs by single steps.
         seed: of the places, and of what the model draws.
+        checked: whether to check first that the model carries its state, as the trainer does. Leave it on.
 
     Raises:
         ConfigError: settings that cannot be meant, or passes too short to look so far back.
         StreamError: no target comes.
         CapabilityError: the model cannot be trained in windows.
+        CheckError: the model does not carry its state.
+        NonFiniteError: a weight, a loss or a gradient is not a finite number.
 
     Exactness: each probe's gradients are exact (autograd) for its look-back; up to 32768 parameters so are their inner
         products, beyond they are sketched (`Sketch`). The closed forms are in tests/horizon.
@@ -101,6 +107,9 @@ def measure(
     check_trainable(model)
     settings = {"max_lag": max_lag, "probes": probes, "resolution": resolution, "burn_in": burn_in}
     _check(settings)
+    _refuse_broken(model)
+    if checked:
+        _refuse_unfit(model, stream, resolution)
     step_loss = StepLoss.of(loss)
     start = stream.state_dict()
     device = next(model.parameters()).device
@@ -117,16 +126,9 @@ def measure(
             found = places(model, step_loss, stream, plan.longest, probes, before, draws, resolution)
             seen = sample(model, step_loss, found, plan)
             statistics = None if seen.gradients is None else GradientStatistics(seen.gradients)
-            if statistics is not None and not statistics.is_measurable:
-                notes.append(
-                    "the mean gradient does not stand out of the noise of the probes, so its bias is not measurable: "
-                    "usual near a minimum; more probes or lanes would tell"
-                )
             learned = None if seen.context is None else _uses_its_past(seen.context[:, 0], seen.losses)
-            if learned is False:
-                notes.append(
-                    "the model makes no use of its past yet: the curve is a lower bound; train on, and measure again"
-                )
+            loss_of_fresh = fresh_loss(model, step_loss, found, resolution)
+            notes += _notes(seen, statistics, learned, loss_of_fresh)
             at = plan.lookbacks
             return HorizonReport(
                 state=band(plan.lags, seen.state),
@@ -145,6 +147,7 @@ def measure(
                 samples=seen.state,
                 model=type(model).__name__,
                 notes=tuple(notes),
+                fresh_loss=loss_of_fresh,
             )
     finally:
         stream.load_state_dict(start)
@@ -160,6 +163,47 @@ def _check(settings: dict[str, Any]) -> None:
             )
 
 
+def _refuse_broken(model: nn.Module) -> None:
+    broken = [name for name, each in model.named_parameters() if not bool(torch.isfinite(each).all())]
+    if broken:
+        others = f" and {len(broken) - 1} others" if len(broken) > 1 else ""
+        raise NonFiniteError(
+            f"finite weights were expected, but NaN or infinity stands in {broken[0]}{others}: the model has diverged, "
+            "and no look-back mends that",
+            fix="weights from before it diverged, and from there a lower learning rate and "
+            'guards=[tbptt.NonFinite("raise"), tbptt.ClipNorm(1.0)]',
+        )
+
+
+def _refuse_unfit(model: nn.Module, stream: Stream, resolution: int) -> None:
+    """Check the model on the first steps of a pass; passes of fewer than three are refused later, for what they are."""
+    start = stream.state_dict()
+    stream.rewind()
+    try:
+        example = stream.read(max(24, 3 * resolution))
+    except EndOfStream:
+        return
+    finally:
+        stream.load_state_dict(start)
+    if example.steps >= 3:
+        check(model, example.to(next(model.parameters()).device)).raise_if_failed()
+
+
+def _notes(seen: Samples, statistics: GradientStatistics | None, learned: bool | None, fresh: float) -> list[str]:
+    loss = float(seen.losses.mean())
+    if has_diverged(loss, fresh):
+        return [diverged(loss, fresh)]
+    notes: list[str] = []
+    if statistics is not None and not statistics.is_measurable:
+        notes.append(
+            "the mean gradient does not stand out of the noise of the probes, so its bias is not measurable: usual "
+            "near a minimum; more probes or lanes would tell"
+        )
+    if learned is False:
+        notes.append("the model makes no use of its past yet: the curve is a lower bound; train on, and measure again")
+    return notes
+
+
 def _search(model: nn.Module, loss: StepLoss, stream: Stream, resolution: int, seed: int) -> tuple[int, list[str]]:
     """Return a longest lag that is long enough, as far as a few probes can tell, and notes."""
     start = stream.state_dict()
@@ -173,14 +217,14 @@ def _search(model: nn.Module, loss: StepLoss, stream: Stream, resolution: int, s
             if longest == _SHORTEST * resolution:
                 raise
             longest //= 2
-            return longest, [f"max_lag={longest} is the longest that a pass of the stream leaves room for"]
+            return longest, [f"no lag longer than {longest} steps was tried: a pass of the stream has no room for it"]
         seen = sample(model, loss, found, plan)
         norms = seen.state.mean(0)
         enough = needed_lookback(dense(plan.lags, norms), _SEARCH_TOLERANCE) if norms.any() else 1
         if enough is not None and enough <= longest // 2 and not _wants_more_context(seen):
             return longest, []
         if longest >= _LONGEST * resolution:
-            return longest, [f"max_lag={longest} is where the search ends; say max_lag to look farther back"]
+            return longest, [f"no lag longer than {longest} steps was tried: say max_lag to look farther back"]
         longest *= 2
 
 

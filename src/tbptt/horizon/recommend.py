@@ -17,7 +17,7 @@ from tbptt.estimators import TBPTT
 from tbptt.horizon.costs import Costs
 from tbptt.horizon.statistics import Band, bootstrap
 
-__all__ = ["Limits", "Need", "Recommendation", "choose", "need"]
+__all__ = ["Limits", "Need", "Recommendation", "check_tolerance", "choose", "need"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Need:
             past is worth to its loss; 0 where that was not measured, or is nothing; None where the longest is not
             enough.
         longest: the longest lag measured.
+        trained: whether the loss is lower than with fresh weights, or that is not known.
     """
 
     by_mass: int | None
@@ -78,14 +79,15 @@ class Need:
     by_bias: int | None
     by_context: int | None
     longest: int
+    trained: bool
 
     @property
     def is_settled(self) -> bool:
-        """Whether the model uses its past and its expected gradient is lost in the noise, as near a minimum.
+        """Whether the model is trained, uses its past, and its expected gradient is lost in the noise: near a minimum.
 
         A relative bias means nothing there: what is cut off is noise as well.
         """
-        return self.by_context != 0 and self.by_bias == 0
+        return self.trained and self.by_context != 0 and self.by_bias == 0
 
     @property
     def steps(self) -> int | None:
@@ -121,8 +123,25 @@ class Limits:
                 )
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Refuse a tolerance that cannot be meant.
+
+    Raises:
+        ConfigError: it is not above 0 and below 1.
+    """
+    if isinstance(tolerance, bool) or not 0 < tolerance < 1:
+        raise ConfigError(f"a tolerance above 0 and below 1 was expected, but {tolerance!r} came", fix="0.1")
+
+
 def need(
-    lags: Sequence[int], samples: Floats, bias: Band | None, context: Band | None, loss: float, tolerance: float
+    lags: Sequence[int],
+    samples: Floats,
+    bias: Band | None,
+    context: Band | None,
+    loss: float,
+    tolerance: float,
+    *,
+    trained: bool,
 ) -> Need:
     """Return how long a look-back must be.
 
@@ -133,6 +152,7 @@ def need(
         context: loss by the steps that the model sees; None where its past is worth nothing to it.
         loss: of the same steps with all of their past.
         tolerance: of the relative bias.
+        trained: whether that loss is lower than with fresh weights, or that is not known.
     """
     longest = lags[-1]
 
@@ -150,6 +170,7 @@ def need(
         by_bias=0 if bias is None else _by_bias(bias, tolerance),
         by_context=0 if context is None else _by_context(context, loss, tolerance),
         longest=longest,
+        trained=trained,
     )
 
 

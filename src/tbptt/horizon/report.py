@@ -12,7 +12,8 @@ from typing import Any
 from tbptt.curve import Floats, decay_rate, dense, relative_bound
 from tbptt.errors import ConfigError
 from tbptt.horizon.costs import Costs
-from tbptt.horizon.recommend import Limits, Recommendation, choose, need
+from tbptt.horizon.fresh import diverged, has_diverged
+from tbptt.horizon.recommend import Limits, Recommendation, check_tolerance, choose, need
 from tbptt.horizon.statistics import Band
 
 __all__ = ["HorizonReport"]
@@ -42,6 +43,7 @@ class HorizonReport:
         samples: the state's norms, one curve a probe.
         model: its class.
         notes: what a reader should know.
+        fresh_loss: the same of a copy with fresh weights; nan where not all of its modules can draw them.
     """
 
     state: Band
@@ -60,6 +62,12 @@ class HorizonReport:
     samples: Floats
     model: str
     notes: tuple[str, ...]
+    fresh_loss: float = math.nan
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the loss is more than three times that of fresh weights: gradients of such a model say nothing."""
+        return has_diverged(self.loss, self.fresh_loss)
 
     @property
     def lookbacks(self) -> tuple[int, ...]:
@@ -117,7 +125,8 @@ class HorizonReport:
         gradient of the parameters, for systems whose near and far influences cancel; and the shortest context with
         which the model has all but the tolerance of what its past is worth to its loss, for memories that are
         saturated, which are used and yet let no gradient through. Where a trained model's expected gradient is lost
-        in the noise, its relative bias means nothing, and the context alone decides.
+        in the noise, its relative bias means nothing, and the context alone decides. A model that has diverged is
+        refused: its gradients are of a function that nobody wants.
 
         Args:
             tolerance: relative bias to allow, above 0 and below 1.
@@ -126,14 +135,20 @@ class HorizonReport:
             time: seconds that a step of the stream may take, forward and back.
 
         Raises:
-            ConfigError: a tolerance that cannot be meant; limits without measured costs; or a curve that is too short
-                to say.
+            ConfigError: a tolerance that cannot be meant; limits without measured costs; a model that has diverged; or
+                a curve that is too short to say.
         """
-        if isinstance(tolerance, bool) or not 0 < tolerance < 1:
-            raise ConfigError(f"a tolerance above 0 and below 1 was expected, but {tolerance!r} came", fix="0.1")
+        check_tolerance(tolerance)
         limits = Limits(k1, memory, time)
+        if self.has_diverged:
+            raise ConfigError(
+                f"a model that learns was expected, but {diverged(self.loss, self.fresh_loss)}: any k2 would be a "
+                "guess",
+                fix="weights from before it diverged, and a lower learning rate from there",
+            )
         context = self.context if self.learned else None
-        needed = need(self.state.at, self.samples, self.bias, context, self.loss, tolerance)
+        trained = not self.loss >= self.fresh_loss  # also where that is nan
+        needed = need(self.state.at, self.samples, self.bias, context, self.loss, tolerance, trained=trained)
         return choose(needed, self.costs, limits, tolerance, self.learned)
 
     def tables(self) -> dict[str, dict[str, list[Any]]]:
@@ -162,6 +177,7 @@ class HorizonReport:
         about = {
             "model": self.model,
             "loss": self.loss,
+            "fresh_loss": self.fresh_loss,
             "probes": self.probes,
             "lanes": self.lanes,
             "max_lag": self.max_lag,

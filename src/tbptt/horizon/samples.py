@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.curve import Floats
-from tbptt.errors import ConfigError, EndOfStream, StreamError
+from tbptt.errors import ConfigError, EndOfStream, NonFiniteError, StreamError
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.probe import run_chain
 from tbptt.estimators.segments import Gradients, add, lane_norms, walk_back
@@ -26,7 +26,7 @@ from tbptt.tree import LaneDims, Tree, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Place", "Plan", "Samples", "places", "sample"]
+__all__ = ["Place", "Plan", "Samples", "places", "sample", "with_context"]
 
 _NEAR = 16
 """Steps after the last lag among which a loss with a target is looked for."""
@@ -135,11 +135,7 @@ def places(
             if dims is None:
                 dims = find_lane_dims(model, window.inputs)
             if fresh and window.steps < wanted:
-                raise ConfigError(
-                    f"passes of at least {wanted} steps were expected, to look {longest} steps back, but one has "
-                    f"{window.steps}: a gradient cannot be followed farther than the data go",
-                    fix=f"max_lag={max(1, window.steps // 3)}, or fewer lanes, which makes each of them longer",
-                )
+                raise _too_short(window.steps, longest, near, resolution)
             fresh = False
             last = _last_target(loss, window, longest) if window.steps == wanted else None
             whole = window.steps // resolution * resolution
@@ -163,6 +159,17 @@ def places(
     return found
 
 
+def _too_short(steps: int, longest: int, near: int, resolution: int) -> ConfigError:
+    """Return the error for passes of `steps` steps, with a max_lag for which they are long enough."""
+    room = (steps - near) // 2 // resolution * resolution  # up to as many steps again lie before a place
+    longer = "fewer lanes, which makes each of them longer"
+    return ConfigError(
+        f"passes of at least {2 * longest + near} steps were expected, to look {longest} steps back, but one has {steps}: "
+        "a gradient cannot be followed farther than the data go",
+        fix=f"max_lag={room}, or {longer}" if room >= max(2, resolution) else f"more data, or {longer}",
+    )
+
+
 def _last_target(loss: StepLoss, window: Window, longest: int) -> int | None:
     valid, _ = loss.valid(window)
     steps = valid.any(1).nonzero().flatten().tolist()
@@ -171,6 +178,9 @@ def _last_target(loss: StepLoss, window: Window, longest: int) -> int | None:
 
 def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan) -> Samples:
     """Send the loss of each place back, and measure on its way.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not a finite number.
 
     Cost: for each place a pass forward and back over L steps in as many pieces as there are lags; with context, one
         forward pass for each look-back.
@@ -192,7 +202,8 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
         if plan.gradients:
             gradients.append(torch.stack(probe.gradients))
         if plan.context:
-            context.append([_with_context(model, loss, place, steps) for steps in plan.lookbacks])
+            context.append([with_context(model, loss, place, steps) for steps in plan.lookbacks])
+    _refuse_broken([losses, states, inputs, gradients, context], len(found))
     return Samples(
         state=torch.stack(states).numpy(),
         inputs=torch.stack(inputs).numpy() if len(inputs) == len(found) else None,
@@ -200,6 +211,22 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
         losses=np.array(losses),
         context=np.array(context) if plan.context else None,
     )
+
+
+def _refuse_broken(measured: Sequence[Sequence[float | list[float] | Tensor]], count: int) -> None:
+    broken = {
+        number
+        for each in measured
+        for number, numbers in enumerate(each)
+        if not bool(torch.isfinite(torch.as_tensor(numbers)).all())
+    }
+    if broken:
+        raise NonFiniteError(
+            f"finite losses and gradients were expected, but those of {len(broken)} of {count} probes hold NaN or "
+            "infinity: either the model has diverged, or its data are not finite, and no look-back mends that",
+            fix="weights from before it diverged, and a lower learning rate from there; or "
+            "Window(mask=torch.isfinite(...)), if it is the data",
+        )
 
 
 class _Sent:
@@ -258,7 +285,7 @@ class _Sent:
         self.inputs = torch.cat(pieces).cpu() if tap is not None else None
 
 
-def _with_context(model: nn.Module, loss: StepLoss, place: Place, steps: int) -> float:
+def with_context(model: nn.Module, loss: StepLoss, place: Place, steps: int) -> float:
     """Return the loss of a place when the model sees only its last `steps` steps, from its initial state."""
     with torch.no_grad():
         window = place.window[place.window.steps - steps :]

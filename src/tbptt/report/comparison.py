@@ -133,26 +133,27 @@ def _direction(rows: Sequence[Row]) -> Section | None:
     known = [row for row in rows if math.isfinite(row.cosine) or math.isfinite(row.relative_variance)]
     if not known:
         return None
-    names = [row.name for row in known]
-    cosine = np.array([row.cosine for row in known])
-    high, low = (np.array([getattr(row, key) for row in known]) for key in ("cosine_high", "cosine_low"))
-    errors = {"type": "data", "array": (high - cosine).tolist(), "arrayminus": (cosine - low).tolist()}
-    variance = np.array([row.relative_variance for row in known])
-    by_name = Axis("", "category")
-    views = [
-        View(
-            "cosine",
-            [bars("cosine", names, cosine, 0, error_y=errors, textposition="none")],
-            by_name,
-            Axis("cosine to the full gradient"),
-        ),
-        View("variance", [bars("relative variance", names, variance, 1)], by_name, Axis("relative variance")),
-    ]
+    views: list[View] = []
+    for button, key, axis in (
+        ("cosine", "cosine", "cosine to the full gradient"),
+        ("variance", "relative_variance", "relative variance"),
+    ):
+        traces = [_bar(row, key, index) for index, row in enumerate(known)]
+        views.append(View(button, traces, Axis("", "category"), Axis(axis)))
     text = (
         "The cosine of the angle between an estimate and the full gradient, 1 for the same direction, with its 95 % "
         "interval; and the variance of an estimate, which is 0 where it is no random number."
     )
-    return Section("Direction and noise", figures=[of_views("Cosine and variance", text, views, showlegend=False)])
+    return Section("Direction and noise", figures=[of_views("Cosine and variance", text, views)])
+
+
+def _bar(row: Row, key: str, index: int) -> Trace:
+    """Return the bar of one estimator, which the legend names: names below it would leave no room on a phone."""
+    value = getattr(row, key)
+    above, below = row.cosine_high - value, value - row.cosine_low
+    known = key == "cosine" and math.isfinite(above) and math.isfinite(below)
+    errors = {"type": "data", "array": [above], "arrayminus": [below], "visible": known}
+    return bars(row.name, [str(index + 1)], np.array([value]), index, error_y=errors, textposition="none")
 
 
 def _races(comparison: Comparison) -> Section | None:

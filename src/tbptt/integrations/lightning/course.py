@@ -62,6 +62,8 @@ class Course:
         """Take up the place in the stream: the first, that of the last fit, or that of a checkpoint."""
         trainer, device = module.trainer, module.device
         self.step_loss = StepLoss.of(self.loss.to(device) if isinstance(self.loss, nn.Module) else self.loss)
+        for guard in self.guards:
+            guard.begin(module)
         if self.begun:  # another fit goes on; the module may have been moved meanwhile
             state = self.carry.state_dict()
             self.carry = self.estimator.init(module, self.stream.lanes)

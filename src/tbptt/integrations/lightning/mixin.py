@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.guards.base import Guard, guarded
+from tbptt.guards.base import Guard, RollBack, check_guards, guarded
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.integrations.lightning.course import Course, StreamOfRank
 from tbptt.integrations.lightning.ranks import over_ranks
@@ -27,6 +27,10 @@ from tbptt.window import Window
 __all__ = ["TBPTTMixin"]
 
 KEY = "tbptt"
+_NO_ROLL_BACK = (
+    "Lightning's callbacks, schedulers and averages of weights would not go back with them, and ranks, each with "
+    "a loss of its own, could disagree on it"
+)
 
 
 class _Turn:
@@ -108,12 +112,14 @@ class TBPTTMixin(LightningModule):
             estimator: how the gradient is made, for example `TBPTT(k1=64, k2=128)`.
             loss: losses by step, or one of torch.nn's own.
             stream: where the windows come from, or, for several ranks, a function of (rank, ranks) that returns it.
-            guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`.
+            guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`. Refused are those that
+                change the mean of an unbiased estimator without `allow_bias=True`, and `SpikeRollback`.
             monitor: the metric that ReduceLROnPlateau watches, as validation logs it.
             checked: whether `tbptt.check` runs when a fit begins. Leave it on.
         """
         self.automatic_optimization = False
-        chosen: list[Guard] = [NonFinite("raise")] if guards is None else list(guards)
+        given: Sequence[Guard] = [NonFinite("raise")] if guards is None else guards
+        chosen = check_guards(given, estimator, no_roll_back=_NO_ROLL_BACK)
         self._course = Course(estimator, loss, stream, chosen, monitor, checked)
 
     @property
@@ -215,7 +221,10 @@ class TBPTTMixin(LightningModule):
         optimizer.zero_grad()  # the last gradients make room for the next
         own, carry = course.estimator.estimate(self, course.step_loss, course.carry, window)
         raw = over_ranks(own, self.trainer)
-        estimate = guarded(raw, course.guards)
+        verdict = guarded(raw, course.guards)
+        if isinstance(verdict, RollBack):
+            raise ConfigError(f"guards that do not go back were expected, but one does: {_NO_ROLL_BACK}")
+        estimate = verdict
         if estimate is not None and estimate.num_injected:
             estimate.apply(self)
             with scaled_rate(optimizer.optimizer, own.rate_factor):

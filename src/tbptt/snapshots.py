@@ -1,0 +1,146 @@
+"""What a run can go back to: copies of all that an update changes, in memory and in its checkpoints.
+
+Letters: T time, B lanes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from tbptt.errors import ConfigError
+from tbptt.estimators.base import Carry
+from tbptt.guards.base import Guard
+from tbptt.tree import clone, to
+from tbptt.window import Window
+
+__all__ = ["Snapshots"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    """All that an update changes, as it was after `update` of them; `resets` are the lanes reset since. Shape (B,)."""
+
+    update: int
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    carry: dict[str, Any]
+    guards: list[dict[str, Any]]
+    resets: Tensor | None = None
+
+
+class Snapshots:
+    """The newest few snapshots of a run, as often as its guards ask for them; none where no guard goes back.
+
+    Args:
+        guards: of the run. What the one that goes back remembers stays: it must know how often it did.
+        model: its parameters and buffers are copied.
+        optimizer: over the model's parameters.
+        scheduler: of the learning rate, if there is one.
+
+    A window whose state is not carried on may have begun new sequences. These begin with the next window instead: the
+    state carried there from further back is of older ones.
+
+    Cost: `SnapshotPlan.keep` copies of all that, on the device where it is.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[Guard],
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+    ) -> None:
+        plans = [guard.snapshots for guard in guards if guard.snapshots is not None]
+        self.plan = plans[0] if plans else None
+        self.guards = [guard for guard in guards if guard.snapshots is None]
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self._kept: list[_Snapshot] = []  # the oldest first
+        self._last = 0  # the update after which one was taken, or gone back to, last
+        self._owed: Tensor | None = None  # the lanes to reset with the next window. Shape (B,)
+
+    def with_resets(self, window: Window) -> Window:
+        """Return the window, with the resets of those left out before it at its first step."""
+        if self._owed is None:
+            return window
+        first = torch.zeros_like(window.reset)
+        first[0] = self._owed.to(first.device)
+        return replace(window, reset=window.reset | first)
+
+    def note(self, window: Window, *, carried_on: bool) -> None:
+        """Hear of an update's window, and whether the state after it is carried on."""
+        lanes = None if carried_on and not self._kept else window.reset.any(0)
+        self._owed = None if carried_on else lanes
+        if lanes is not None:
+            self._kept = [replace(each, resets=_either(each.resets, lanes)) for each in self._kept]
+
+    def take(self, update: int, carry: Carry) -> None:
+        """Take a snapshot after this update, if one is due; the oldest is dropped when there are too many."""
+        if self.plan is None or (self._kept and update - self._last < self.plan.every):
+            return
+        taken = _Snapshot(
+            update=update,
+            model=copy.deepcopy(dict(self.model.state_dict())),
+            optimizer=copy.deepcopy(self.optimizer.state_dict()),
+            scheduler=None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
+            carry=clone(carry.state_dict()),
+            guards=[copy.deepcopy(guard.state_dict()) for guard in self.guards],
+        )
+        self._kept = [*self._kept, taken][-self.plan.keep :]
+        self._last = update
+
+    def restore(self, update: int, carry: Carry) -> int:
+        """Go back to the oldest snapshot, in place; after `note`.
+
+        Args:
+            update: the number of the update that is not made.
+            carry: takes over what was carried then.
+
+        Returns:
+            How many updates are undone by it.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self._kept:
+            raise ConfigError(
+                "a snapshot to go back to was expected, but none was taken: the guard that answers RollBack does not "
+                "say that it needs one",
+                fix="self.snapshots = SnapshotPlan(every=50, keep=2) in the guard's __init__",
+            )
+        chosen, device = self._kept[0], next(self.model.parameters()).device
+        # What is given away is a copy each time: an optimizer goes on with the very tensors that it is given.
+        self.model.load_state_dict(chosen.model)
+        self.optimizer.load_state_dict(copy.deepcopy(chosen.optimizer))
+        if self.scheduler is not None and chosen.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(chosen.scheduler))
+        carry.load_state_dict(clone(to(chosen.carry, device)))
+        for guard, remembered in zip(self.guards, chosen.guards, strict=True):
+            guard.load_state_dict(copy.deepcopy(remembered))
+        self._kept, self._last, self._owed = (
+            [chosen],
+            update,
+            chosen.resets,
+        )  # the later ones may hold what made the spike
+        return update - 1 - chosen.update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the snapshots as plain values and tensors."""
+        return {"last": self._last, "owed": self._owed, "kept": [dict(vars(each)) for each in self._kept]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self._last, self._owed = state["last"], state["owed"]
+        self._kept = [_Snapshot(**each) for each in state["kept"]]
+
+
+def _either(before: Tensor | None, lanes: Tensor) -> Tensor:
+    return lanes if before is None else before.to(lanes.device) | lanes

@@ -1,0 +1,156 @@
+"""SpikeRollback judges by a robust test, and knows when going back does not help."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from tbptt.errors import ConfigError, DivergedError
+from tbptt.estimators.base import Estimate
+from tbptt.guards.base import RollBack
+from tbptt.guards.spike import SpikeRollback
+
+
+def estimate_of(loss: float, norm: float, num_injected: int = 1, num_terms: int = 1) -> Estimate:
+    value = torch.tensor(loss, dtype=torch.float64)
+    gradients = {"a": torch.tensor([norm], dtype=torch.float64)}
+    return Estimate(None, value, value, num_terms, gradients, 1, torch.zeros(0), num_injected)
+
+
+def spikes(guard: SpikeRollback, losses: list[float], norms: list[float]) -> list[int]:
+    pairs = zip(losses, norms, strict=True)
+    return [step for step, pair in enumerate(pairs) if isinstance(guard(estimate_of(*pair)), RollBack)]
+
+
+def by_hand(values: list[float], factor: float, z: float = 6.0, warm_up: int = 25) -> list[int]:
+    good: list[float] = []
+    found: list[int] = []
+    for step, value in enumerate(values):
+        last = sorted(good[-100:])
+        if len(last) >= warm_up:
+            middle = statistics.median(last)
+            scatter = 1.4826 * statistics.median([abs(each - middle) for each in last])
+            if value - middle > z * scatter and value - middle > (factor - 1) * abs(middle):
+                found.append(step)
+                continue
+        good.append(value)
+    return found
+
+
+def noisy(seed: int, shift: float = 0.0) -> list[float]:
+    draw = random.Random(seed)
+    values = [shift + draw.lognormvariate(0, 0.5) * (1 - step / 800) for step in range(400)]
+    for step, times in {30: 50.0, 31: 8.0, 150: 3.0, 151: 300.0, 390: 12.0}.items():
+        values[step] *= times
+    return values
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0, 10.0])
+@pytest.mark.parametrize("z", [3.0, 6.0])
+@pytest.mark.parametrize("shift", [0.0, -20.0])
+def test_the_test_is_what_it_says(factor: float, z: float, shift: float) -> None:
+    for seed in range(3):
+        values, even = noisy(seed, shift), [1.0] * 400
+        expected = by_hand(values, factor, z)
+        of_losses = SpikeRollback(every=1, z=z, loss_factor=factor, norm_factor=None, limit=400)
+        assert spikes(of_losses, values, even) == expected
+        if shift == 0.0:  # a norm is never negative
+            of_norms = SpikeRollback(every=1, z=z, loss_factor=None, norm_factor=factor, limit=400)
+            assert spikes(of_norms, even, values) == expected
+            assert expected != by_hand(values, 100 * factor, z)  # the control
+            assert expected
+
+
+def test_each_has_its_own_factor_and_the_reason_says_which() -> None:
+    guard = SpikeRollback(loss_factor=3.0, norm_factor=100.0)
+    assert spikes(guard, [1.0] * 30, [1.0] * 30) == []
+    assert isinstance(guard(estimate_of(2.9, 99.0)), Estimate)
+    loss, norm = guard(estimate_of(3.1, 1.0)), guard(estimate_of(1.0, 101.0))
+    assert isinstance(loss, RollBack)
+    assert isinstance(norm, RollBack)
+    assert "the loss is 3.1, where 1 is usual and 3 the most expected" in loss.reason
+    assert "the gradient norm is 101, where 1 is usual" in norm.reason
+
+
+def test_what_passes_is_unchanged_and_measured() -> None:
+    estimate = estimate_of(1.0, -2.0)
+    passed = SpikeRollback()(estimate)
+    assert isinstance(passed, Estimate)
+    assert passed.gradients is estimate.gradients
+    assert passed.metrics == {"gradient_norm": 2.0}
+    measured = estimate.with_gradients(estimate.gradients, gradient_norm=7.0)  # by an earlier guard, before clipping
+    assert SpikeRollback()(measured) is measured
+    nothing = estimate_of(math.nan, math.nan, num_injected=0)
+    assert SpikeRollback()(nothing) is nothing
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_is_a_spike_at_once_and_never_remembered(bad: float) -> None:
+    guard = SpikeRollback(limit=4)
+    assert isinstance(guard(estimate_of(bad, 1.0)), RollBack)
+    assert isinstance(guard(estimate_of(1.0, bad)), RollBack)
+    assert guard.state_dict() == {"losses": [], "norms": [], "in_row": 2, "since": 0}
+    assert isinstance(guard(estimate_of(math.nan, 1.0, num_terms=0)), Estimate)  # no loss was reported
+    assert guard.state_dict()["losses"] == []
+
+
+def test_the_warm_up_is_not_judged() -> None:
+    guard = SpikeRollback(warm_up=10)
+    assert spikes(guard, [1.0] * 9 + [1e6] + [1e6], [1.0] * 11) == [10]
+
+
+def test_too_often_in_a_row_is_an_error_and_rarely_is_not() -> None:
+    def run(good_between: int) -> int:
+        guard = SpikeRollback(every=10, keep=2, limit=3)
+        spikes(guard, [1.0] * 30, [1.0] * 30)
+        for count in range(10):
+            try:
+                guard(estimate_of(9.0, 1.0))
+            except DivergedError:
+                return count
+            spikes(guard, [1.0] * good_between, [1.0] * good_between)
+        return 10
+
+    with pytest.raises(DivergedError, match=r"3 times in a row.*the loss is 9"):
+        spikes(SpikeRollback(warm_up=2, limit=3), [1.0, 1.0, *[9.0] * 4], [1.0] * 6)
+    assert run(0) == 3
+    assert run(19) == 3
+    assert run(20) == 10  # by then there is a newer snapshot to go back to
+
+
+def test_its_state_goes_on_where_it_was() -> None:
+    values = noisy(0)
+    settings: dict[str, Any] = {"every": 1, "loss_factor": None, "norm_factor": 3.0, "limit": 400}
+    whole, first, second = (SpikeRollback(**settings) for _ in range(3))
+    expected = [step for step in spikes(whole, values, values) if step >= 120]
+    spikes(first, values[:120], values[:120])
+    second.load_state_dict(first.state_dict())
+    assert [120 + step for step in spikes(second, values[120:], values[120:])] == expected
+    assert second.state_dict() == whole.state_dict()
+    assert expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"every": 0},
+        {"keep": 1},
+        {"z": 0.0},
+        {"loss_factor": 1.0},
+        {"norm_factor": math.nan},
+        {"loss_factor": None, "norm_factor": None},
+        {"warm_up": 1},
+        {"warm_up": 101},
+        {"limit": 0},
+        {"limit": True},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        SpikeRollback(**settings)
