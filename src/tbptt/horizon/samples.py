@@ -164,8 +164,8 @@ def _too_short(steps: int, longest: int, near: int, resolution: int) -> ConfigEr
     room = (steps - near) // 2 // resolution * resolution  # up to as many steps again lie before a place
     longer = "fewer lanes, which makes each of them longer"
     return ConfigError(
-        f"passes of at least {2 * longest + near} steps were expected, to look {longest} steps back, but one has {steps}: "
-        "a gradient cannot be followed farther than the data go",
+        f"passes of at least {2 * longest + near} steps were expected, to look {longest} steps back, but one has "
+        f"{steps}: a gradient cannot be followed farther than the data go",
         fix=f"max_lag={room}, or {longer}" if room >= max(2, resolution) else f"more data, or {longer}",
     )
 
