@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,13 +41,65 @@ def test_every_block_says_what_it_is_and_is_run() -> None:
         assert {language for language, _ in BLOCK.findall(text)} <= {"python", "sh", "toml", "text"}, path
 
 
+FORKING = """
+import json, os, runpy, sys
+import torch
+
+torch.compiler.reset()  # imports what every optimizer asks for at its first step
+for line in sys.stdin:
+    directory, words = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(directory)
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.path[0], sys.argv = directory, words
+    if words[0] == "tbptt":
+        runpy.run_module("tbptt", run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+    sys.exit()
+"""
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run a script, or the program, in a process of its own: forked from one that has imported torch and no more."""
+    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", FORKING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        orders, codes = parent.stdin, parent.stdout
+        assert orders is not None
+        assert codes is not None
+
+        def run(directory: Path, *words: str) -> tuple[int, str]:
+            orders.write(f"{json.dumps([str(directory), words])}\n")
+            orders.flush()
+            return int(codes.readline()), (directory / "said.txt").read_text(encoding="utf-8")
+
+        yield run
+
+
 @pytest.mark.parametrize(("name", "code"), [pytest.param(*each, id=each[0]) for each in blocks("python")])
-def test_python_blocks_run(name: str, code: str, tmp_path: Path) -> None:
+def test_python_blocks_run(name: str, code: str, tmp_path: Path, run: Run) -> None:
     (tmp_path / "block.py").write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "block.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{name}\n{done.stderr}"
+    ended, said = run(tmp_path, "block.py")
+    assert ended == 0, f"{name}\n{said}"
+
+
+def test_what_goes_wrong_in_a_block_is_seen(tmp_path: Path, run: Run) -> None:
+    for code, word in (("1 / 0", "ZeroDivisionError"), ("import warnings; warnings.warn('odd')", "UserWarning: odd")):
+        (tmp_path / "block.py").write_text(code, encoding="utf-8")
+        ended, said = run(tmp_path, "block.py")
+        assert ended == 1
+        assert word in said
+    (tmp_path / "block.py").write_text("import sys; assert 'tbptt' not in sys.modules", encoding="utf-8")
+    assert run(tmp_path, "block.py")[0] == 0
+    assert run(tmp_path, "tbptt", "evaluate", "nowhere")[0] == 2
 
 
 @pytest.mark.parametrize(("name", "code"), [pytest.param(*each, id=each[0]) for each in blocks("toml")])
@@ -60,29 +114,24 @@ def commands() -> list[tuple[str, str]]:
     return [(name, line) for name, code in blocks("sh") for line in code.splitlines() if line.startswith("tbptt ")]
 
 
-def test_shell_blocks_run_one_after_another(tmp_path: Path) -> None:
+# What is put behind a command to make it short; the rest of it runs as it is written.
+SHORT = {
+    "train": "--updates 20 --hidden 16 --lanes 8",
+    "resume": "--updates 30",
+    "compare": "--updates 3 --points 2 --span 16 --burn-in 32",
+    "horizon": "--max-lag 32 --probes 3",
+}
+
+
+def test_shell_blocks_run_one_after_another(tmp_path: Path, run: Run) -> None:
     (tmp_path / "my_package.py").write_text(
         "import tbptt\n\ndef build():\n    return tbptt.SequenceModel(8, 8, hidden=16)\n", encoding="utf-8"
     )
-    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "100"}
     assert commands()
     for name, line in commands():
-        words = shlex.split(line, comments=True)[1:]
-        if words[0] == "train":
-            words += ["--updates", "20"]
-        if words[0] == "resume":
-            words += ["--updates", "30"]
-        if words[0] == "compare":
-            words += ["--updates", "3", "--points", "2"]
-        done = subprocess.run(
-            [sys.executable, "-m", "tbptt", *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{name}: {line}\n{done.stderr}"
+        words = shlex.split(line, comments=True)
+        ended, said = run(tmp_path, *words, *SHORT.get(words[1], "").split())
+        assert ended == 0, f"{name}: {line}\n{said}"
 
 
 MODULES = sorted(

@@ -5,7 +5,20 @@ from tbptt.adapters import Stateful, stateful
 from tbptt.checks import CheckReport, check
 from tbptt.comparison import Comparison, compare
 from tbptt.errors import TbpttError
-from tbptt.estimators import PES, TBPTT, Carry, ClipBoundary, ESSingle, Estimate, Estimator, FullBPTT, TruncatedES
+from tbptt.estimators import (
+    ARTBP,
+    PES,
+    TBPTT,
+    Carry,
+    ClipBoundary,
+    ESSingle,
+    Estimate,
+    Estimator,
+    FullBPTT,
+    Mixture,
+    Telescope,
+    TruncatedES,
+)
 from tbptt.evaluate import evaluate
 from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Adaptive, Choice, Length, Ramp, RandomLength, scaled_rate
@@ -21,6 +34,7 @@ from tbptt.window import Window
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARTBP",
     "PES",
     "TBPTT",
     "Adaptive",
@@ -44,6 +58,7 @@ __all__ = [
     "Length",
     "Loss",
     "MetricsFile",
+    "Mixture",
     "Monitor",
     "NonFinite",
     "Progress",
@@ -57,6 +72,7 @@ __all__ = [
     "Stream",
     "Summary",
     "TbpttError",
+    "Telescope",
     "TensorBoard",
     "TextStream",
     "Trainer",

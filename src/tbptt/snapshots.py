@@ -125,11 +125,8 @@ class Snapshots:
         carry.load_state_dict(clone(to(chosen.carry, device)))
         for guard, remembered in zip(self.guards, chosen.guards, strict=True):
             guard.load_state_dict(copy.deepcopy(remembered))
-        self._kept, self._last, self._owed = (
-            [chosen],
-            update,
-            chosen.resets,
-        )  # the later ones may hold what made the spike
+        self._kept = [chosen]  # the later ones may hold what made the spike
+        self._last, self._owed = update, chosen.resets
         return update - 1 - chosen.update
 
     def state_dict(self) -> dict[str, Any]:

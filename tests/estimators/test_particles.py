@@ -156,6 +156,7 @@ class Counting(nn.Module):
     ],
     ids=["LSTM", "GRU", "GRUCell", "a state asked for a number"],
 )
+@pytest.mark.filterwarnings("ignore")  # as most programs do, that do not want to hear of performance
 def test_what_cannot_be_vectorised_runs_one_by_one_or_is_refused(
     method: type[Perturbation], build: Any, reason: str
 ) -> None:
@@ -168,8 +169,26 @@ def test_what_cannot_be_vectorised_runs_one_by_one_or_is_refused(
     with pytest.raises(CapabilityError, match="vectorize=True, but .*" + reason) as caught:
         over(method(3, 4, 0.1, vectorize=True), model, [window], loss=loss)
     assert 'vectorize="auto"' in caught.value.fix
-    with pytest.raises(ShapeError, match="one value for each step and lane"):  # a fault is no reason to fall back
-        over(method(3, 4, 0.1), model, [window], loss=lambda outputs, targets: outputs.sum())
+
+
+@methods
+@pytest.mark.parametrize("vectorize", ["auto", True, False])
+def test_a_fault_of_the_loss_is_not_taken_for_one_of_vectorising(method: type[Perturbation], vectorize: Any) -> None:
+    windows = cut(with_resets(SYSTEMS["leaky"](), 32), 3)
+    with pytest.raises(ShapeError, match="one value for each step and lane"):
+        over(method(3, 4, 0.1, vectorize=vectorize), Opaque().double(), windows, loss=lambda o, t: (o - t).mean())
+
+
+@methods
+def test_the_loss_of_the_particles_is_that_of_the_smoothed_loss(method: type[Perturbation]) -> None:
+    torch.manual_seed(12)
+    model, windows = Opaque().double().eval(), opaque_windows()
+    for sigma, near in ((1e-6, True), (0.5, False)):
+        for each in over(method(3, 6, sigma), model, windows)[0]:
+            assert (each.metrics["particle_loss"] == pytest.approx(float(each.loss), rel=1e-4)) == near
+    linear = Weighted(2, 0.9)  # where smoothing changes nothing
+    for each in over(method(4, 6, 0.5), linear, reset_alone(), loss=itself)[0]:
+        assert each.metrics["particle_loss"] == pytest.approx(float(each.loss), rel=1e-12)
 
 
 @methods

@@ -101,10 +101,10 @@ def test_estimates_are_those_of_a_plain_loop(kind: str) -> None:
             assert max(relative(found.gradients, each) for found, each in pairs) > 0.1, other
 
 
-def trained(estimator: Perturbation | TBPTT, updates: int) -> tuple[list[float], float]:
+def trained(estimator: Perturbation | TBPTT, updates: int, lr: float = 1e-4) -> tuple[list[float], float]:
     """Return θ after each update of the influence-balancing system, and the last loss."""
     model, stream = InfluenceBalancingModel().double(), InfluenceBalancing(dtype=torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     carry, thetas, loss = estimator.init(model, 1), [], math.nan
     for _ in range(updates):
         estimate, carry = estimator.estimate(model, half_squared, carry, stream.read(1))
@@ -150,9 +150,18 @@ def test_training_follows_the_recursions_step_by_step(rule: str) -> None:
 
 @pytest.mark.parametrize("method", [PES, ESSingle])
 def test_untruncated_ones_balance_the_influences(method: type[Perturbation]) -> None:
-    thetas, loss = trained(method(1, 1000, 0.1), 1400)
+    thetas, loss = trained(method(1, 1000, 0.1), 1200)
     assert loss < 1e-4
     assert abs(thetas[-1] + 1 / 6) < 0.003
+
+
+@pytest.mark.parametrize("method", [PES, ESSingle])
+def test_weights_that_move_fast_leave_particles_behind(method: type[Perturbation]) -> None:
+    """Unbiased at weights that stay only: at ten times the rate that trains, the stale states lead astray."""
+    thetas, loss = trained(method(1, 200, 0.1), 150, lr=1e-3)
+    assert abs(thetas[-1] + 1 / 6) > 5
+    assert loss > 100
+    assert abs(trained(method(1, 200, 0.1), 150)[0][-1] + 1 / 6) < 0.3  # the control
 
 
 def test_the_truncated_one_goes_the_way_of_truncated_backpropagation() -> None:
@@ -281,17 +290,11 @@ def test_lanes_that_are_reset_alone_leave_the_mean_what_it_is(
         outputs, states = model(whole.inputs[step : step + 1], torch.where(whole.reset[step], 0, states))
         losses.append(half_squared(outputs[0], whole.targets[step]).sum())
     exact = torch.autograd.grad(torch.stack(losses[8:]).sum(), model.weight)[0]
-    assert furthest(draws(method, 60), exact) < 3.5
+    assert furthest(draws(method, 40), exact) < 3.5
     # the control: one sum for all lanes, that starts anew with any of them
     ended = Course.ended
     monkeypatch.setattr(Course, "ended", lambda self, lanes: ended(self, [any(lanes)] * len(lanes)))
-    assert furthest(draws(method, 60), exact) > 8
-
-
-def test_what_a_lane_met_before_its_reset_is_noise_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    spread = draws(PES, 60).var(0).sum()
-    monkeypatch.setattr(Course, "ended", lambda self, lanes: self)  # one sum for all lanes, that never starts anew
-    assert draws(PES, 60).var(0).sum() > 1.3 * spread
+    assert furthest(draws(method, 40), exact) > 8
 
 
 class Stepped(nn.Module):

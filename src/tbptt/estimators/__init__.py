@@ -1,15 +1,19 @@
 """Gradient estimators; one method a file."""
 
+from tbptt.estimators.artbp import ARTBP
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.es_single import ESSingle
 from tbptt.estimators.full_bptt import FullBPTT
+from tbptt.estimators.mixture import Mixture
 from tbptt.estimators.pes import PES
 from tbptt.estimators.tbptt import TBPTT
+from tbptt.estimators.telescope import Telescope
 from tbptt.estimators.truncated_es import TruncatedES
 
 __all__ = [
+    "ARTBP",
     "PES",
     "TBPTT",
     "Carry",
@@ -19,5 +23,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "FullBPTT",
+    "Mixture",
+    "Telescope",
     "TruncatedES",
 ]

@@ -35,6 +35,7 @@ class ChainCarry:
         retained: the segments whose graphs the next look-back may use, oldest first.
         lengths: how far the policies of k1 and k2 have come.
         draws: made so far by an estimator that draws; with its seed, they say what is drawn next.
+        running: running means that it draws by; None for one of nothing yet.
     """
 
     lanes: int
@@ -44,6 +45,7 @@ class ChainCarry:
     retained: tuple[RetainedSegment, ...] = ()
     lengths: States = field(default_factory=dict[str, LengthState])
     draws: int = 0
+    running: tuple[float | None, ...] = ()
     looked: bool = field(default=False, repr=False)
 
     def with_dims(self, model: nn.Module, window: Window) -> ChainCarry:
@@ -63,6 +65,7 @@ class ChainCarry:
             "retained": [segment.state_dict() for segment in self.retained],
             "lengths": {name: each.state_dict() for name, each in self.lengths.items()},
             "draws": self.draws,
+            "running": list(self.running),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,6 +76,7 @@ class ChainCarry:
         """
         check_saved_lanes(self.lanes, state["lanes"])
         self.state, self.looked, self.draws = state["state"], state["looked"], state["draws"]
+        self.running = tuple(state["running"])
         self.dims = None if state["dims"] is None else tuple(state["dims"])
         self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
         self.lengths = states_from(state["lengths"])

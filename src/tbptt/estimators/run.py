@@ -99,15 +99,17 @@ class Run:
         chain: Chain,
         injected: int,
         *,
+        denominator: float | None = None,
         parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
     ) -> Pulled:
-        """Return the gradient of sum / `injected` over the losses in a chain.
+        """Return the gradient of sum / count over the losses in a chain.
 
         Args:
             chain: consecutive segments, oldest first.
-            injected: the number of losses injected into this update.
+            injected: the count, the number of losses injected into this update.
+            denominator: what the sum is divided by instead; None: by the count.
             parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
             boundary: what becomes of the gradient at each boundary.
@@ -115,7 +117,7 @@ class Run:
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.names), [])
         weights = [self.parameters] * len(chain) if parameters is None else parameters
-        return pull_back(chain, weights, self.weight(injected), keep=keep, boundary=boundary)
+        return pull_back(chain, weights, self.weight(denominator or injected), keep=keep, boundary=boundary)
 
     def estimate(
         self,
