@@ -163,7 +163,7 @@ def test_what_is_not_ours_is_told_in_a_sentence(
 
 
 def test_a_loss_that_is_lost_leaves_a_run_to_look_at(train: Program) -> None:
-    ended = train("--updates", "200", "--lr", "1e30", "--set", "optimizer.name=sgd", "--set", "guards.clip_norm=1e30")
+    ended = train("--updates", "200", "--lr", "1e38", "--set", "optimizer.name=sgd", "--set", "guards.clip_norm=1e30")
     assert ended.code == 1
     assert "error: " in ended.err
     assert Path("runs/fox-1/checkpoints").is_dir()

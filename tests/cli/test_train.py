@@ -180,6 +180,31 @@ def test_no_clipping_where_the_defaults_have_some(train: Program) -> None:
     assert guards("--set", "guards.clip_norm=0") == "NonFinite"
 
 
+def unbiased(program: Program, text: Path, *words: str) -> Any:
+    tiny = ("--lanes", "2", "--hidden", "6", "--threads", "1", "--updates", "1", "--k1", "8")
+    settings = ("estimator.name=PES", "estimator.num_particles=2", "estimator.sigma=0.1", *words)
+    return program("train", text, *tiny, *(part for each in settings for part in ("--set", each)))
+
+
+def test_clipping_by_default_is_not_for_an_unbiased_estimator(program: Program, train: Program, text: Path) -> None:
+    def guards(run: Path) -> dict[str, Any]:
+        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["guards"]
+
+    assert guards(unbiased(program, text, "guards.non_finite=skip").run) == {"non_finite": "skip"}
+    assert guards(train("--updates", "1").run)["clip_norm"] == 1.0
+
+
+def test_clipping_that_was_asked_for_is_refused_for_one_before_anything_is_written(
+    program: Program, text: Path
+) -> None:
+    ended = unbiased(program, text, "guards.clip_norm=1")
+    assert ended.code == 2
+    assert "in [guards], guards that leave the mean alone were expected with PES(" in ended.err
+    assert "hint: leave it out and lower --lr against the noise; or --set guards.allow_bias=true" in ended.err
+    assert not Path("runs").exists()
+    assert unbiased(program, text, "guards.clip_norm=1", "guards.allow_bias=true").code == 0
+
+
 @pytest.mark.parametrize("word", ["spike_rollback=0", "spike_rollback=true", "z_clip=-1", "allow_bias=1", "agc=0.1"])
 def test_guards_that_cannot_be_meant_are_refused(train: Program, word: str) -> None:
     ended = train("--set", f"guards.{word}")

@@ -251,7 +251,7 @@ def test_a_saved_carry_goes_on_bit_for_bit(estimator: Perturbation, vectorize: b
         return found, carry
 
     whole, end = go_on(*start(), windows)
-    for stop in (1, 2, 5, 9):
+    for stop in (2, 9):
         model, optimizer, carry = start()
         _, carry = go_on(model, optimizer, carry, windows[:stop])
         saved, random = through_files(carry.state_dict()), torch.get_rng_state()

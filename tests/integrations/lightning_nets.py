@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def fit(net: TBPTTMixin, path: Path | str | None = None, *callbacks: Callback, *
     return losses.seen
 
 
+@cache
+def undisturbed(
+    estimator: tbptt.Estimator | None = None, count: int = 3203, steps: int = 120
+) -> tuple[list[float], TBPTTMixin]:
+    """Return the losses of a run that nobody stops, and its net; several tests compare with it."""
+    net = Net(estimator, stream(count))
+    return fit(net, max_steps=steps), net
+
+
+@cache
 def ours(estimator: tbptt.Estimator, updates: int) -> tuple[list[float], Model]:
     losses: list[float] = []
 

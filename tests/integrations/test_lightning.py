@@ -17,7 +17,19 @@ from tbptt.randomness import seed_everything
 lightning = pytest.importorskip("lightning")
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning_nets import Losses, Model, Net, checkpoint, equal, fit, ours, rows, stream, trainer  # noqa: E402
+from lightning_nets import (  # noqa: E402
+    Losses,
+    Model,
+    Net,
+    checkpoint,
+    equal,
+    fit,
+    ours,
+    rows,
+    stream,
+    trainer,
+    undisturbed,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,13 +52,12 @@ ESTIMATORS = [
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_it_does_what_our_trainer_does(estimator: tbptt.Estimator) -> None:
-    net = Net(estimator)
-    losses = fit(net, max_steps=200)
-    expected, model = ours(estimator, 200)
+    losses, net = undisturbed(estimator)  # longer than a pass, which has 101 windows
+    expected, model = ours(estimator, 120)
     assert losses == expected
-    assert len(losses) == 200
+    assert len(losses) == 120
     assert equal(net.model, model)
-    other, _ = ours(tbptt.TBPTT(8, 5), 200)
+    other, _ = ours(tbptt.TBPTT(8, 5), 120)
     assert other != expected, "the comparison sees nothing"
 
 
@@ -56,8 +67,7 @@ def test_it_does_what_our_trainer_does(estimator: tbptt.Estimator) -> None:
     ids=str,
 )
 def test_a_run_in_pieces_is_a_run_in_one(tmp_path: Path, estimator: tbptt.Estimator, step: int) -> None:
-    whole = Net(estimator)
-    expected = fit(whole, max_steps=120)
+    expected, whole = undisturbed(estimator)
     path = checkpoint(tmp_path, step, estimator)
     rest = Net(estimator)
     for value in rest.parameters():
@@ -70,7 +80,7 @@ def test_a_run_in_pieces_is_a_run_in_one(tmp_path: Path, estimator: tbptt.Estima
 
 
 def test_a_finished_run_goes_on(tmp_path: Path) -> None:
-    expected = fit(Net(), max_steps=120)
+    expected, _ = undisturbed()
     first, net = trainer(max_steps=87), Net()
     seed_everything(0)
     first.fit(net)
@@ -82,10 +92,15 @@ def test_a_finished_run_goes_on(tmp_path: Path) -> None:
     assert losses.seen == expected[87:]
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that a fault has stopped."""
+    return checkpoint(tmp_path_factory.mktemp("stopped"), 87)
+
+
 @pytest.mark.parametrize("lost", ["carry", "place", "random"])
-def test_without_any_of_it_the_losses_are_others(tmp_path: Path, lost: str) -> None:
-    expected = fit(Net(), max_steps=100)
-    path = checkpoint(tmp_path, 87)
+def test_without_any_of_it_the_losses_are_others(stopped: Path, lost: str) -> None:
+    expected, _ = undisturbed()
     net = Net()
     restore = type(net.tbptt_course)._restore
 
@@ -102,7 +117,7 @@ def test_without_any_of_it_the_losses_are_others(tmp_path: Path, lost: str) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(net.tbptt_course), "_restore", forgets)
-        assert fit(net, path, max_steps=100) != expected[87:]
+        assert fit(net, stopped, max_steps=100) != expected[87:100]
 
 
 @pytest.mark.parametrize("step", [40, 50, 51, 75])  # a pass has 51 windows; validated every 25
@@ -115,7 +130,7 @@ def test_validation_disturbs_nothing_on_either_side_of_a_stop(tmp_path: Path, st
             self.log("val_loss", tbptt.evaluate(self, nn.MSELoss(), stream(100))["loss"], batch_size=1)
 
     settings: dict[str, Any] = {"max_steps": 120, "val_check_interval": 25}
-    expected = fit(Net(source=stream(1603)), max_steps=120)
+    expected, _ = undisturbed(count=1603)
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1)
     assert fit(Validated(source=stream(1603)), None, saves, **settings) == expected
     path = next(tmp_path.glob(f"*step={step}.ckpt"))
@@ -160,12 +175,12 @@ def test_an_epoch_may_be_a_part_of_a_pass() -> None:
     losses, net = Losses(), Net()
     seed_everything(0)
     trainer(losses, max_epochs=4, limit_train_batches=5).fit(net)
-    assert losses.seen == fit(Net(), max_steps=20)
+    assert losses.seen == undisturbed()[0][:20]
     assert losses.epochs == [epoch for epoch in range(4) for _ in range(5)]
 
 
 def test_a_second_fit_goes_on() -> None:
-    expected = fit(Net(), max_steps=31)
+    expected, _ = undisturbed()
     net, losses = Net(), Losses()
     assert fit(net, max_steps=30) == expected[:30]
     trainer(losses, max_steps=10).fit(net)

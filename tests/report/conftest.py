@@ -185,7 +185,7 @@ def browse(tmp_path: Path) -> Browser:
                 *(program, "--headless", "--no-sandbox", *(f"--no-{each}" for each in quiet)),
                 *(f"--disable-{each}" for each in off),
                 *("--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND"),
-                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000"),
                 *(arguments or ("--dump-dom",)),
                 f"{page.absolute().as_uri()}{fragment}",
             ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,28 @@ from typing import Any
 import pytest
 from plotly import graph_objects
 
+from tbptt.comparison import Comparison
 from tbptt.errors import ShapeError
-from tbptt.report import Figure, Page, Section, Strip, Table, read_run, run_page
+from tbptt.horizon import Band, HorizonReport
+from tbptt.horizon.costs import Costs
+from tbptt.report import (
+    Figure,
+    Page,
+    Section,
+    Strip,
+    Table,
+    comparison_page,
+    horizon_page,
+    read_run,
+    run_page,
+)
 
-VOID = {"meta", "br", "img", "input", "hr", "link"}
+VOID = {"meta", "br", "wbr", "img", "input", "hr", "link"}
 PAGES = ("run", "horizon", "comparison")
+
+
+def band(at: tuple[int, ...], values: list[float]) -> Band:
+    return Band(at, tuple(values), tuple(0.9 * each for each in values), tuple(1.1 * each for each in values))
 
 
 class Outline(HTMLParser):
@@ -90,7 +109,7 @@ def test_plotly_accepts_every_figure_and_choice(pages: dict[str, Page], name: st
                 assert len(values) == len(figure.data)
             drawn.update_layout({key.replace(".", "_"): value for key, value in choice.layout.items()})
         for axis in ("xaxis", "yaxis"):
-            assert drawn.layout[axis].title.text or drawn.layout[axis].type == "category"
+            assert drawn.layout[axis].title.text or not drawn.layout[axis].showticklabels  # rows have names instead
 
 
 def test_plotly_refuses_what_is_no_figure() -> None:
@@ -156,6 +175,67 @@ def test_long_runs_make_no_long_pages(tmp_path: Path) -> None:
     assert max(figures[0].data[0]["y"]) == 99.5  # the one spike
     assert any("30,000" in note for note in page.notes)
     assert len(page.html()) < 6e6
+
+
+def figures_of(page: Page) -> dict[str, Figure]:
+    return {figure.title: figure for section in page.sections for figure in section.figures}
+
+
+def test_a_look_back_that_changes_now_and_then_is_drawn_in_steps(pages: dict[str, Page]) -> None:
+    lengths = figures_of(pages["run"])["Lengths over time"]
+    assert {trace["line"]["shape"] for trace in lengths.data if "line" in trace} == {"hv"}
+    losses = figures_of(pages["run"])["Training and validation loss"]
+    assert {trace["line"]["shape"] for trace in losses.data if "shape" in trace.get("line", {})} == {"linear"}
+
+
+def test_axes_of_amounts_begin_at_zero(pages: dict[str, Page]) -> None:
+    speed = figures_of(pages["run"])["Speed and memory"]
+    assert speed.layout["yaxis"]["rangemode"] == "tozero"
+    assert speed.choices[1].layout["yaxis.rangemode"] == "tozero"
+    assert figures_of(pages["run"])["Training and validation loss"].layout["yaxis"]["rangemode"] == "normal"
+
+
+def test_triangles_are_explained_where_there_are_any(pages: dict[str, Page], run: Path) -> None:
+    title = "Training and validation loss"
+    assert "is an alarm" in figures_of(pages["run"])[title].text
+    (run / "stability.jsonl").unlink()
+    assert figures_of(run_page(read_run(run)))[title].text == ""
+
+
+def test_a_bias_that_is_not_measurable_is_not_called_one(horizon: HorizonReport) -> None:
+    assert "Bias by look-back" in figures_of(horizon_page(horizon))
+    unknown = replace(horizon, bias=band((1, 2, 4, 8), [math.nan] * 4))
+    figures = figures_of(horizon_page(unknown))
+    assert "is not measurable here" in figures["Share cut off by look-back"].text
+    assert "Share cut off against cost" in figures
+    assert not any("bias" in str(trace["name"]) for trace in figures["Share cut off by look-back"].data)
+
+
+def test_a_refusal_is_said_first_and_no_look_back_is_marked(horizon: HorizonReport) -> None:
+    page = horizon_page(horizon, refused="its curve <is> too short")
+    assert page.summary.startswith("No k2 can be recommended: its curve <is> too short. ")
+    assert "chosen k2" not in page.html()
+    assert "recommended" not in horizon_page(horizon).summary
+
+
+def test_labels_that_would_run_into_each_other_are_left_out(horizon: HorizonReport) -> None:
+    at = tuple(range(1, 41))
+    costs = Costs(at, tuple(0.1 + 0.01 * each for each in at), tuple(100 * each for each in at), 2)
+    state, bias = band(at, [0.5**each for each in at]), band(at, [1.0 / each for each in at])
+    dense = replace(horizon, state=state, bias=bias, costs=costs, context=None, max_lag=40)
+    [points] = [each for each in figures_of(horizon_page(dense))["Bias against cost"].data if each.get("visible")]
+    written = [label for label in points["text"] if label]
+    assert 4 <= len(written) < 20
+    assert {"1", "39"} <= set(written)  # 40 is the reference
+    assert points["customdata"] == list(at[:-1])  # whichever it is, pointing at it tells
+
+
+def test_names_in_figures_fit_a_telephone(comparison: Comparison) -> None:
+    long = replace(comparison.rows[0], name="TBPTT(k1=RandomLength(mean=16), k2=Adaptive(max=256))")
+    page = comparison_page(replace(comparison, rows=(long, *comparison.rows[1:])))
+    names = [trace["name"] for figure in figures_of(page).values() for trace in figure.data if trace.get("name")]
+    assert "1: TBPTT(k1=RandomLength(mean=16…" in names
+    assert long.name in page.html()  # whole, with its number, in the table
 
 
 def test_strips_need_one_influence_a_character() -> None:

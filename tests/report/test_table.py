@@ -71,6 +71,13 @@ def test_long_tables_show_both_ends_and_say_what_is_between() -> None:
     assert "more rows" not in Table("t", {"x": list(range(60))}).html()
 
 
+def test_digits_are_for_the_page_only(tmp_path: Path) -> None:
+    table = Table("t", {"x": [0.123456789, 1234567.0], "y": [[0.123456789], 7]}, digits=3)
+    html = table.html()
+    assert [text for text in (">0.123<", ">1.23e+06<", ">7<") if text not in html] == []
+    assert read_back(table, tmp_path)["x"] == [0.123456789, 1234567.0]
+
+
 def test_cells_are_legible() -> None:
     html = Table("t", {"x<y": [math.nan, 0.123456789, None, [1.0] * 8, "<i>"]}).html()
     for text in (

@@ -67,7 +67,8 @@ def horizon(
         chosen = report.recommend(tolerance, k1=k1, memory=num_bytes, time=time)
     except ConfigError as error:
         refused = error
-    page = horizon_page(report, recommendation=chosen, strips=_strips(subject)).write(out)
+    why = refused.message if refused is not None else ""
+    page = horizon_page(report, recommendation=chosen, refused=why, strips=_strips(subject)).write(out)
     if as_json:
         print(json.dumps(json.loads(report.to_json()) | {"recommendation": _plain(chosen)}))
     else:

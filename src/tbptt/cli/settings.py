@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 from pydantic import BaseModel, ValidationError
 
-from tbptt.cli.config import Config, Optimizer, arguments_model, estimator_classes
+from tbptt.cli.config import Config, Guards, Optimizer, arguments_model, estimator_classes
 from tbptt.cli.presets import TASKS, Kind, Tables, defaults_for, kind_of
 from tbptt.errors import ConfigError
 
@@ -135,6 +135,9 @@ def resolve(given: Given) -> Config:
     if kind_of(named) in ("text", "array") and named != "shakespeare" and isinstance(source, str):
         tables["data"]["source"] = str(Path(source).expanduser().absolute())  # so that resuming works from anywhere
     config = validate(tables, given.origins, defaults)
+    if config.build_estimator().kind == "unbiased":  # the clipping of the defaults would bias it, and is nobody's wish
+        guards = Guards.model_validate(given.tables.get("guards", {}))
+        config = config.model_copy(update={"guards": guards})
     _refuse_unfitting(config, given)
     return config
 

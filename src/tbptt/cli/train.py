@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 import tbptt
-from tbptt.cli.build import build, use_threads
+from tbptt.cli.build import Parts, build, use_threads
 from tbptt.cli.launch import launch, tell
 from tbptt.cli.presets import kind_of
 from tbptt.cli.rundir import Record, RunDirectory
 from tbptt.cli.settings import Given, read_toml, resolve
+from tbptt.errors import ConfigError
+from tbptt.guards.base import check_guards
 
 __all__ = ["train"]
 
@@ -99,6 +101,7 @@ def start(given: Given, out: str | None) -> None:
     if out is not None:
         RunDirectory(out).refuse_used()
     parts = build(config)
+    _refuse_bias(parts)
     source = config.data.source
     name = Path(source).stem if kind_of(source) in ("text", "array") else source
     run = RunDirectory.create(out, name)
@@ -111,3 +114,18 @@ def start(given: Given, out: str | None) -> None:
     run.write(config, record)
     tell(f"run {run.path}: {parts.updates} updates on {source}")
     launch(run, config, parts)
+
+
+def _refuse_bias(parts: Parts) -> None:
+    """Refuse guards that the trainer would refuse, before anything is written.
+
+    Raises:
+        ConfigError: a guard would bias an unbiased estimator.
+    """
+    try:
+        check_guards(parts.guards, parts.estimator)
+    except ConfigError as error:  # its hint is Python, for those who write it
+        raise ConfigError(
+            f"in [guards], {error.message}",
+            fix="leave it out and lower --lr against the noise; or --set guards.allow_bias=true, if the bias is meant",
+        ) from error

@@ -170,7 +170,8 @@ class ParticleCarry:
 class Perturbation(Estimator):
     """What `TruncatedES`, `PES` and `ESSingle` have in common; see there.
 
-    The gradient of a parameter that no loss depends on is noise as well, and 0 in the mean only.
+    The gradient of a parameter that no loss depends on is noise as well, and 0 in the mean only. `Estimate.lookback` is
+    0, as nothing is back-propagated.
 
     Raises:
         ConfigError: a setting that cannot be meant.

@@ -26,13 +26,15 @@ __all__ = [
     "View",
     "axes",
     "band",
-    "bars",
+    "dot",
     "escaped",
     "finite_floor",
     "line",
     "lines",
     "marks",
     "of_views",
+    "row_names",
+    "shortened",
     "upright",
 ]
 
@@ -70,6 +72,7 @@ class Figure:
         data: traces of plotly.js, with text escaped by `escaped`.
         layout: of plotly.js; page.js adds fonts, colours and margins.
         choices: buttons, of which the first is on.
+        height: of what is drawn, in pixels, without the legend; left out: as page.css has it.
     """
 
     title: str
@@ -77,6 +80,7 @@ class Figure:
     data: Sequence[Trace]
     layout: Mapping[str, Any]
     choices: Sequence[Choice] = ()
+    height: int | None = None
 
     def html(self) -> str:
         """Return the figure for a page, drawn by page.js."""
@@ -92,8 +96,9 @@ class Figure:
             "choices": [{"data": choice.data, "layout": choice.layout} for choice in self.choices],
         }
         packed = json.dumps(_plain(content), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        style = "" if self.height is None else f' style="--height: {self.height}px"'
         return (
-            f'<figure><h3>{title}</h3>{group}<div class="plot" role="img" aria-label="{title}. {text}"></div>'
+            f'<figure><h3>{title}</h3>{group}<div class="plot" role="img" aria-label="{title}. {text}"{style}></div>'
             f'<script type="application/json">{packed}</script><figcaption>{text}</figcaption></figure>'
         )
 
@@ -104,20 +109,26 @@ class Axis:
 
     Args:
         title: with the unit.
-        kind: "steps" is logarithmic, with ticks at powers of two; "category" is for names.
+        kind: "steps" is logarithmic, with ticks at powers of two; "rows" has no labels, but a line for each of a
+            list, from the top down.
+        from_zero: whether a linear axis begins at 0, so that a quantity that hardly changes is seen to.
     """
 
     title: str
-    kind: Literal["linear", "log", "steps", "category"] = "linear"
+    kind: Literal["linear", "log", "steps", "rows"] = "linear"
+    from_zero: bool = False
 
     def layout(self) -> dict[str, Any]:
         """Return it for plotly.js; all that any kind sets, so that one can take the place of another."""
         return {
             "title.text": escaped(self.title),
-            "type": "log" if self.kind == "steps" else self.kind,
-            "tickmode": "array" if self.kind == "steps" else "auto",
+            "type": {"steps": "log", "rows": "linear"}.get(self.kind, self.kind),
+            "tickmode": {"steps": "array", "rows": "linear"}.get(self.kind, "auto"),
             "tickvals": [2**power for power in range(24)] if self.kind == "steps" else None,
-            "autorange": True,
+            "dtick": 1 if self.kind == "rows" else None,
+            "showticklabels": self.kind != "rows",
+            "rangemode": "tozero" if self.from_zero else "normal",
+            "autorange": "reversed" if self.kind == "rows" else True,
         }
 
 
@@ -138,13 +149,14 @@ class View:
     y: Axis
 
 
-def of_views(title: str, text: str, views: Sequence[View], **layout: Any) -> Figure:
+def of_views(title: str, text: str, views: Sequence[View], *, height: int | None = None, **layout: Any) -> Figure:
     """Return a figure with a button a view; without buttons for one view.
 
     Args:
         title: above it.
         text: below it.
         views: one or more, of which the first is shown.
+        height: of what is drawn, in pixels; left out: as page.css has it.
         **layout: what all of them share.
     """
     choices: list[Choice] = []
@@ -159,12 +171,17 @@ def of_views(title: str, text: str, views: Sequence[View], **layout: Any) -> Fig
         choices.append(Choice(view.label, {"visible": shown}, changes))
         traces += [trace | {"visible": number == 0} for trace in view.traces]
     first = views[0]
-    return Figure(title, text, traces, axes(first.x, first.y) | layout, choices if len(views) > 1 else ())
+    return Figure(title, text, traces, axes(first.x, first.y) | layout, choices if len(views) > 1 else (), height)
 
 
 def escaped(text: str) -> str:
     """Return a text as plotly.js must get it, which takes some tags for its own."""
     return html.escape(text, quote=False).replace("\n", " ")
+
+
+def shortened(text: str, most: int = 30) -> str:
+    """Return a name as it fits into a figure on a telephone."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def axes(x: Axis, y: Axis) -> dict[str, Any]:
@@ -173,25 +190,43 @@ def axes(x: Axis, y: Axis) -> dict[str, Any]:
     for name, axis in (("xaxis", x), ("yaxis", y)):
         flat = axis.layout()
         title = {"title": {"text": flat.pop("title.text")}}
-        layout[name] = title | flat | {"exponentformat": "power", "minexponent": 4}
+        layout[name] = title | flat | {"exponentformat": "power", "minexponent": 5}
     return layout
 
 
-def line(name: str, series: Series, index: int, *, points: bool = False, **changes: Any) -> Trace:
-    """Return one line through finite points; `index` says which colour, dash and symbol."""
-    kind = index % len(_COLOURS)
+def line(name: str, series: Series, index: int, *, points: bool = False, steps: bool = False, **changes: Any) -> Trace:
+    """Return one line through finite points.
+
+    Args:
+        name: for the legend.
+        series: the points.
+        index: which colour, dash and symbol.
+        points: whether they are marked.
+        steps: whether each value holds until the next one.
+        **changes: to the trace.
+    """
+    colour, dash, symbol = _look(index)
     return {
         "type": "scatter",
         "mode": "lines+markers" if points else "lines",
         "name": escaped(name),
         "x": series.x.tolist(),
         "y": series.y.tolist(),
-        "line": {"color": _COLOURS[kind], "dash": _DASHES[kind], "width": 2},
-        "marker": {"color": _COLOURS[kind], "symbol": _SYMBOLS[kind], "size": 7},
+        "line": {"color": colour, "dash": dash, "width": 2, "shape": "hv" if steps else "linear"},
+        "marker": {"color": colour, "symbol": symbol, "size": 7},
     } | changes
 
 
-def lines(name: str, series: Series, index: int, *, log_y: bool = False, **changes: Any) -> list[Trace]:
+def _look(index: int) -> tuple[str, str, str]:
+    """Return colour, dash and symbol; after as many as there are, each colour comes with the next dash and symbol."""
+    turns, kind = divmod(index, len(_COLOURS))
+    other = (kind + turns) % len(_COLOURS)
+    return _COLOURS[kind], _DASHES[other], _SYMBOLS[other]
+
+
+def lines(
+    name: str, series: Series, index: int, *, log_y: bool = False, marked_as: str = "", **changes: Any
+) -> list[Trace]:
     """Return a line as it is measured: thinned, and with marks on the axis for what cannot be drawn.
 
     Args:
@@ -199,6 +234,7 @@ def lines(name: str, series: Series, index: int, *, log_y: bool = False, **chang
         series: all points, of which any may be NaN or infinite.
         index: which colour and dash.
         log_y: whether the axis is logarithmic, where zeros cannot be drawn either.
+        marked_as: the name of the marks; left out: the line's.
         **changes: to the line's trace.
 
     Returns:
@@ -215,7 +251,7 @@ def lines(name: str, series: Series, index: int, *, log_y: bool = False, **chang
         ("0 or less", np.isfinite(y) & (y <= 0) & log_y, 0.0, "line-ns-open"),
     ):
         if kept.any():
-            found.append(marks(f"{name}: {label}", series.x[kept], place, symbol, index))
+            found.append(marks(f"{marked_as or name}: {label}", series.x[kept], place, symbol, index))
     return found
 
 
@@ -242,7 +278,7 @@ def marks(name: str, x: Floats, place: float, symbol: str, index: int) -> Trace:
 
 def upright(name: str, x: float, index: int) -> Trace:
     """Return a vertical line with its name in the legend."""
-    kind = index % len(_COLOURS)
+    colour, dash, symbol = _look(index)
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -251,16 +287,18 @@ def upright(name: str, x: float, index: int) -> Trace:
         "y": [0, 1],
         "yaxis": "y2",
         "hoverinfo": "name",
-        "line": {"color": _COLOURS[kind], "dash": _DASHES[kind], "width": 2},
-        "marker": {"color": _COLOURS[kind], "symbol": _SYMBOLS[kind], "size": 8},
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"color": colour, "symbol": symbol, "size": 8},
     }
 
 
 def band(name: str, x: Floats, low: Floats, high: Floats, index: int, *, floor: float = -math.inf) -> Trace:
     """Return the area between two lines, in pieces where one of them is not finite.
 
+    It has no place of its own in the legend, but comes and goes with the line of the same name.
+
     Args:
-        name: for the legend.
+        name: of that line.
         x: shape (N,).
         low: likewise.
         high: likewise.
@@ -277,6 +315,8 @@ def band(name: str, x: Floats, low: Floats, high: Floats, index: int, *, floor: 
         "type": "scatter",
         "mode": "lines",
         "name": escaped(name),
+        "legendgroup": escaped(name),
+        "showlegend": False,
         "x": outline_x,
         "y": outline_y,
         "fill": "toself",
@@ -287,18 +327,27 @@ def band(name: str, x: Floats, low: Floats, high: Floats, index: int, *, floor: 
     }
 
 
-def bars(name: str, labels: Sequence[str], values: Floats, index: int, **changes: Any) -> Trace:
-    """Return one bar a label."""
-    kind = index % len(_COLOURS)
+def dot(name: str, value: float, low: float, high: float, index: int) -> Trace:
+    """Return a point on row `index`, with its interval; for a vertical axis of the kind "rows"."""
+    colour, _, symbol = _look(index)
+    errors = {"type": "data", "array": [high - value], "arrayminus": [value - low], "thickness": 1.5}
     return {
-        "type": "bar",
+        "type": "scatter",
+        "mode": "markers",
         "name": escaped(name),
-        "x": [escaped(label) for label in labels],
-        "y": values.tolist(),
-        "text": [f"{value:.4g}" for value in values.tolist()],
-        "textposition": "auto",
-        "marker": {"color": _COLOURS[kind], "pattern": {"shape": ("", "/", ".", "x", "-", "+")[kind]}},
-    } | changes
+        "x": [value],
+        "y": [index],
+        "hovertemplate": "%{x:.4g}<extra>" + escaped(name) + "</extra>",
+        "error_x": errors if math.isfinite(low) and math.isfinite(high) else {"visible": False},
+        "cliponaxis": False,
+        "marker": {"color": colour, "symbol": symbol, "size": 10},
+    }
+
+
+def row_names(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return annotations for a layout: the names of rows, each above its line."""
+    shared = {"xref": "paper", "x": 0, "xanchor": "left", "yshift": 16, "showarrow": False, "font": {"size": 12}}
+    return [shared | {"y": index, "text": escaped(name)} for index, name in enumerate(names)]
 
 
 def finite_floor(*curves: Floats) -> float:

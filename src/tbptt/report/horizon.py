@@ -16,16 +16,22 @@ from tbptt.report.table import Table
 __all__ = ["horizon_page"]
 
 _LOOKBACK = Axis("look-back, steps", "steps")
+_LABEL_WIDTH, _LABEL_HEIGHT = 0.12, 0.09  # as shares of a figure on a telephone
 
 
 def horizon_page(
-    report: HorizonReport, *, recommendation: Recommendation | None = None, strips: Sequence[Strip] = ()
+    report: HorizonReport,
+    *,
+    recommendation: Recommendation | None = None,
+    refused: str = "",
+    strips: Sequence[Strip] = (),
 ) -> Page:
     """Return the page of what `tbptt.horizon.measure` found.
 
     Args:
         report: of it.
         recommendation: `report.recommend(...)`, to be marked in the figures.
+        refused: why `report.recommend(...)` refused, if it did.
         strips: for text: predictions, and what each past character did to them.
     """
     tables = {name: Table(name, columns, _CAPTIONS.get(name, name)) for name, columns in report.tables().items()}
@@ -41,7 +47,10 @@ def horizon_page(
     title = f"How far back {report.model} needs its gradients"
     kept = [section for section in sections if section is not None]
     return Page(
-        title, _summary(report, recommendation), kept, [f"{note[:1].upper()}{note[1:]}." for note in report.notes]
+        title,
+        _summary(report, recommendation, refused),
+        kept,
+        [f"{note[:1].upper()}{note[1:]}." for note in report.notes],
     )
 
 
@@ -52,8 +61,8 @@ _CAPTIONS = {
 }
 
 
-def _summary(report: HorizonReport, chosen: Recommendation | None) -> str:
-    said: list[str] = []
+def _summary(report: HorizonReport, chosen: Recommendation | None, refused: str) -> str:
+    said = [f"No k2 can be recommended: {refused}."] if refused else []
     if chosen is not None:
         said.append(f"Use TBPTT(k1={chosen.k1}, k2={chosen.k2}).")
         if not chosen.met:
@@ -97,7 +106,7 @@ def _strips(strips: Sequence[Strip]) -> Section | None:
     text = (
         "Each past character, coloured by its influence on one prediction: the stronger the colour, the larger the "
         "gradient of that prediction's loss with respect to this character. The strength goes with the square root of "
-        "the influence, scaled in each strip by its largest; point at a character for the number."
+        "the influence, scaled in each strip by its largest; the numbers are in the table."
     )
     return Section("What the prediction looks at", text, html=strips_html(strips), tables=[strips_table(strips)])
 
@@ -108,7 +117,8 @@ def _bias(report: HorizonReport, chosen: Recommendation | None) -> Section | Non
     cut_off = report.cut_off
     traces: list[Trace] = []
     floor = finite_floor(np.array(cut_off.mean), *([] if report.bias is None else [np.array(report.bias.mean)]))
-    if report.bias is not None:
+    measured = report.bias is not None and np.isfinite(report.bias.mean[:-1]).any()
+    if report.bias is not None and measured:
         traces += _with_band("bias", _but_reference(report.bias), 0, floor=floor, log_y=True)
     traces += lines("bound of the share cut off", _series(cut_off), 1, log_y=True, mode="lines+markers")
     traces += _chosen(chosen)
@@ -116,16 +126,22 @@ def _bias(report: HorizonReport, chosen: Recommendation | None) -> Section | Non
         ends = np.array([report.lookbacks[0], report.lookbacks[-1]], dtype=np.float64)
         level = np.full(2, chosen.tolerance)
         traces.append(line(f"tolerance {chosen.tolerance:g}", Series(ends, level), 5))
-    text = (
-        "The relative bias of the gradient of all parameters with this look-back, against that of the longest one, and "
-        "a bound of the share of the state's gradient that it cuts off. Both should lie below the tolerance."
-    )
-    figures = [Figure("Bias by look-back", text, traces, axes(_LOOKBACK, Axis("relative bias", "log")))]
+    if measured:
+        text = (
+            "The relative bias of the gradient of all parameters with this look-back, against that of the longest one, "
+            "with its 95 % interval, and a bound of the share of the state's gradient that it cuts off. Both should "
+            "lie below the tolerance."
+        )
+    else:
+        text = "A bound of the share of the state's gradient that this look-back cuts off"
+        text += "." if report.bias is None else "; the bias of the parameters' gradient is not measurable here."
+    title, axis = ("Bias by look-back", "relative bias") if measured else ("Share cut off by look-back", "share")
+    figures = [Figure(title, text, traces, axes(_LOOKBACK, Axis(axis, "log")))]
     against = _against_cost(report)
     if against is not None:
         figures.append(against)
     if report.cosine is not None and np.isfinite(report.cosine.mean).any():
-        text = "The cosine of the angle between the two gradients: 1 for the same direction."
+        text = "The cosine of the angle between the two gradients, with its 95 % interval: 1 for the same direction."
         traces = [*_with_band("cosine", report.cosine, 0), *_chosen(chosen)]
         figures.append(Figure("Direction by look-back", text, traces, axes(_LOOKBACK, Axis("cosine"))))
     return Section("What a look-back misses", figures=figures)
@@ -149,29 +165,33 @@ def _against_cost(report: HorizonReport) -> Figure | None:
         y = np.array([values[each] for each in steps])
         points = Series(x, y)
         drawn = np.isfinite(y) & (y > 0)
-        shown = [each for each, kept in zip(steps, drawn.tolist(), strict=True) if kept]
+        kept = [each for each, is_drawn in zip(steps, drawn.tolist(), strict=True) if is_drawn]
         traces = lines(label, points, 0, log_y=True)[1:]
         labelled = line(label, points.where(drawn), 0, points=True, mode="lines+markers+text")
         labelled |= {
-            "text": _sparse(shown),
+            "customdata": kept,
+            "text": _apart(points.where(drawn), [str(each) for each in kept]),
             "textposition": "top right",
             "cliponaxis": False,
-            "customdata": shown,
             "hovertemplate": "k2 = %{customdata}<br>%{x}, %{y}<extra></extra>",
         }
         views.append(View(button, [labelled, *traces], Axis(axis, "log"), Axis(label, "log")))
     text = "Each point is an update of so many steps, k1 = k2: lower is nearer to the full gradient, left is cheaper."
-    return of_views("Bias against cost", text, views)
+    return of_views("Bias against cost" if label == "bias" else "Share cut off against cost", text, views)
 
 
-def _sparse(steps: list[int]) -> list[str]:
-    """Return labels of which each is at least twice the last one, so that they do not collide."""
-    labels: list[str] = []
-    last = 0
-    for each in steps:
-        labels.append(str(each) if each >= 2 * last and each > 4 else "")
-        last = each if labels[-1] else last
-    return labels
+def _apart(points: Series, labels: list[str]) -> list[str]:
+    """Return the labels of points on logarithmic axes, without those that would run into one already written."""
+    if not labels:
+        return []
+    places = np.log(np.stack([points.x, points.y], 1))
+    places = (places - places.min(0)) / np.maximum(places.max(0) - places.min(0), 1e-9)
+    written: list[int] = []
+    for index in reversed(range(len(labels))):
+        away = np.abs(places[index] - places[written]) / (_LABEL_WIDTH, _LABEL_HEIGHT)
+        if (away.max(1) >= 1).all():
+            written.append(index)
+    return [label if index in written else "" for index, label in enumerate(labels)]
 
 
 def _signed(report: HorizonReport, chosen: Recommendation | None) -> Section | None:
@@ -182,8 +202,9 @@ def _signed(report: HorizonReport, chosen: Recommendation | None) -> Section | N
         return Section(heading, "Not measurable here: the mean gradient does not stand out of the noise of the probes.")
     traces = [*_with_band("share of the full gradient", report.signed, 0), *_chosen(chosen)]
     text = (
-        "How much of the longest gradient, in its own direction, is there with this look-back: 1 is all of it. A curve "
-        "that falls, or overshoots, shows parts that cancel; below 0 the gradient points the wrong way."
+        "How much of the longest gradient, in its own direction, is there with this look-back, with its 95 % interval: "
+        "1 is all of it. A curve that falls, or overshoots, shows parts that cancel; below 0 the gradient points the "
+        "wrong way."
     )
     figure = Figure("Signed share by look-back", text, traces, axes(_LOOKBACK, Axis("signed share")))
     return Section(heading, figures=[figure])
@@ -199,8 +220,8 @@ def _context(report: HorizonReport, chosen: Recommendation | None) -> Section | 
         *_chosen(chosen),
     ]
     text = (
-        "The loss of the same model when it sees only so many steps, from its initial state. Where the curve is flat "
-        "the model makes no use of what lies farther back."
+        "The loss of the same model when it sees only so many steps, from its initial state, with its 95 % interval "
+        "over probes. Where the curve is flat the model makes no use of what lies farther back."
     )
     figure = Figure("Loss by context", text, traces, axes(Axis("context, steps", "steps"), Axis("loss")))
     return Section("What the model makes of its past", figures=[figure])
@@ -212,7 +233,12 @@ def _costs(report: HorizonReport) -> Section | None:
         return None
     x = np.array(costs.lookbacks, dtype=np.float64)
     views = [
-        View(label, [line(label, Series(x, np.array(amounts) * scale), 0, points=True)], _LOOKBACK, Axis(axis))
+        View(
+            label,
+            [line(label, Series(x, np.array(amounts) * scale), 0, points=True)],
+            _LOOKBACK,
+            Axis(axis, from_zero=True),
+        )
         for label, amounts, scale, axis in (
             ("time", costs.seconds, 1e3, "time of an update, ms"),
             ("memory", costs.held_bytes, 1e-6, "memory held, MB"),
@@ -260,8 +286,8 @@ def _chosen(chosen: Recommendation | None) -> list[Trace]:
 
 
 def _with_band(name: str, curve: Band, index: int, *, floor: float = -np.inf, log_y: bool = False) -> list[Trace]:
-    area = band(f"{name}, 95 %", *_arrays(curve), index, floor=floor)
-    return [area, *lines(name, _series(curve), index, log_y=log_y)]
+    area = band(name, *_arrays(curve), index, floor=floor)
+    return [area, *lines(name, _series(curve), index, log_y=log_y, legendgroup=area["legendgroup"])]
 
 
 def _but_reference(bias: Band) -> Band:

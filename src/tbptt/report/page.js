@@ -39,6 +39,26 @@
              xaxis: { ...axis }, yaxis: { ...axis } };
   }
 
+  // Over one to three powers of ten plotly.js writes all digits between them, which run into each other.
+  function thinOut(plot) {
+    const changes = {};
+    for (const name of ["xaxis", "yaxis"]) {
+      const { type, tickmode, range } = plot.layout[name];
+      const powers = type === "log" && tickmode !== "array" ? Math.abs(range[1] - range[0]) : 0;
+      const narrow = name === "xaxis" && plot.clientWidth < 500 && powers > 0;
+      changes[`${name}.nticks`] = (powers >= 1 || narrow) && powers < 3 ? 3 : 0;
+    }
+    return Plotly.relayout(plot, changes);
+  }
+
+  // The legend gets room of its own, so that many names on a narrow page do not squeeze the picture.
+  function fit(plot) {
+    const legend = plot.querySelector(".infolayer .legend");
+    const room = legend ? Math.ceil(legend.getBoundingClientRect().height) : 0;
+    plot.style.height = `calc(var(--height) + ${room}px)`;
+    return Plotly.Plots.resize(plot);
+  }
+
   async function draw(holder, chosen) {
     const figure = JSON.parse(holder.querySelector('script[type="application/json"]').textContent);
     const plot = holder.querySelector(".plot");
@@ -46,6 +66,9 @@
     await Plotly.react(plot, copied(figure.data), merged(base(), copied(figure.layout)), config);
     const choice = figure.choices[chosen];
     if (choice) await Plotly.update(plot, copied(choice.data), copied(choice.layout));
+    await thinOut(plot);
+    await fit(plot);
+    holder.dataset.shown = chosen;
   }
 
   // One of several: the pressed button is the chosen one.
@@ -62,7 +85,7 @@
     }));
   }
   const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => {
-    if (target.layout && target.clientWidth) Plotly.Plots.resize(target);
+    if (target.layout && target.clientWidth) Plotly.Plots.resize(target).then(() => fit(target));
   }));
 
   function showStrip(holder, chosen) {

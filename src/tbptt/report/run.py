@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tbptt.report.figure import Axis, View, lines, marks, of_views
+from tbptt.report.figure import Axis, View, lines, marks, of_views, shortened
 from tbptt.report.log import Columns, RunLog
 from tbptt.report.page import Page, Section
 from tbptt.report.run_parts import UPDATES, boundaries, lag_curves, lengths, speed, state, words
@@ -152,7 +152,7 @@ def _losses(log: RunLog, clock: Clock) -> Section | None:
     raw, smoothed = updates.series("update", "loss"), smoothed_loss(log)
     held_out = validations.series("update", "loss")
     views: list[View] = []
-    for label, axis in (("by updates", "updates"), ("by time", f"time, {clock.unit}")):
+    for label, axis in (("by updates", UPDATES), ("by time", Axis(f"time, {clock.unit}", from_zero=True))):
         if not (label == "by updates" or clock):
             continue
         drawn = [each if label == "by updates" else clock.against(each) for each in (raw, smoothed, held_out)]
@@ -163,7 +163,7 @@ def _losses(log: RunLog, clock: Clock) -> Section | None:
         times = raised if label == "by updates" else clock.against(raised)
         if len(times):
             traces.append(marks("alarm", times.x, 1.0, "triangle-down", 3))
-        views.append(View(label, traces, Axis(axis), Axis("loss")))
+        views.append(View(label, traces, axis, Axis("loss")))
     if not len(raw) and not len(held_out):
         return Section("Loss", "No loss has been logged yet.")
     width = max(3, len(raw) // 50)
@@ -176,14 +176,20 @@ def _losses(log: RunLog, clock: Clock) -> Section | None:
             " The time is that of the work, without pauses between processes; between the lines of timing.jsonl it is "
             "interpolated, after the last of them it is not known."
         )
-    figure = of_views("Training and validation loss", "A triangle at the top is an alarm.", views)
+    alarm = "A triangle at the top is an alarm." if len(log.lines("alarm")) else ""
+    figure = of_views("Training and validation loss", alarm, views)
     return Section("Loss", text, [figure], [Table("updates", updates.columns, "Lines of updates")])
 
 
 def _validation(log: RunLog) -> Section | None:
     found = log.lines("validation")
     views = [
-        View(words(name), lines(name, series, 1, mode="lines+markers"), UPDATES, Axis(words(name)))
+        View(
+            words(name),
+            lines(name, series, 1, mode="lines+markers"),
+            UPDATES,
+            Axis(shortened(words(name)), from_zero=len(series.finite) == 1),
+        )
         for name in found.columns
         if name not in ("kind", "update", "targets") and len(series := found.series("update", name))
     ]

@@ -27,7 +27,7 @@ _TITLES = {
     "rate_factor": "factor of the learning rate",
 }
 _MOST_CURVES = 6
-UPDATES = Axis("updates")
+UPDATES = Axis("updates", from_zero=True)
 
 
 def words(name: str) -> str:
@@ -47,10 +47,13 @@ def lengths(log: RunLog) -> Section | None:
         ("k2 asked for", asked.series("update", "k2"), 3),
         ("look-back needed", asked.series("update", "needed_lookback"), 4),
     ):
-        traces += lines(name, series, index, line_shape="hv") if len(series) else []
+        traces += lines(name, series, index, steps=True) if len(series) else []
     if not traces:
         return None
-    views = [View("linear", traces, UPDATES, Axis("steps")), View("log", traces, UPDATES, Axis("steps", "steps"))]
+    views = [
+        View("linear", traces, UPDATES, Axis("steps", from_zero=True)),
+        View("log", traces, UPDATES, Axis("steps", "steps")),
+    ]
     text = (
         "The window (k1) and how far back its gradient really went. A policy's wish is what it asked for; the need is "
         "what it measured."
@@ -136,16 +139,19 @@ def speed(log: RunLog) -> Section | None:
     views: list[View] = []
     for name, label, axis, scale in (
         ("lane_steps_per_s", "speed", "steps a second, all lanes", 1.0),
-        ("peak_rss_bytes", "memory", "peak memory of the process, MB", 1e6),
-        ("peak_device_bytes", "device memory", "peak memory of the device, MB", 1e6),
+        ("peak_rss_bytes", "memory", "peak memory, MB", 1e6),
+        ("peak_device_bytes", "device memory", "peak device memory, MB", 1e6),
     ):
         series = timing.series("update", name)
         if len(series):
-            views.append(View(label, _stepped(label, Series(series.x, series.y / scale)), UPDATES, Axis(axis)))
+            drawn = _stepped(label, Series(series.x, series.y / scale))
+            views.append(View(label, drawn, UPDATES, Axis(axis, from_zero=True)))
     if not views:
         return None
     figure = of_views(
-        "Speed and memory", "Speed is the mean since the line before; memory is the highest so far.", views
+        "Speed and memory",
+        "Speed is the mean since the line before; memory is the highest so far, of the process.",
+        views,
     )
     return Section("Speed and memory", figures=[figure], tables=[Table("timing", timing.columns, "Lines of times")])
 

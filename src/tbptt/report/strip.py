@@ -12,7 +12,7 @@ from tbptt.report.table import Table
 
 __all__ = ["Strip", "strips_html", "strips_table"]
 
-_SHOWN = {"\n": "⏎\n", "\t": "⇥\t", " ": "·"}  # white space that can be seen; a new line begins one, too
+_SHOWN = {"\n": "⏎\n", "\t": "⇥\t", " ": "·"}  # white space that can be seen
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def _visible(text: str) -> str:
 
 def _visible_character(character: str) -> str:
     if character in _SHOWN:
-        return f'<i class="mark">{_SHOWN[character]}</i>'
+        return f'<i class="mark">{_SHOWN[character]}</i><wbr>'  # where a line may be broken
     return html.escape(character if character.isprintable() else repr(character)[1:-1])

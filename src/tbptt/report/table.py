@@ -15,6 +15,7 @@ __all__ = ["Table"]
 
 _MOST_ROWS = 60  # on a page; the file has all
 _MOST_ITEMS = 6  # of a list in a cell
+_SHORT = 24  # characters that are kept on one line
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +27,14 @@ class Table:
         columns: by name: numbers, text, lists of them; None where there is nothing.
         caption: what a row is, in a few words.
         folded: whether the page shows it only when asked.
+        digits: of numbers on the page that are not whole; the file has all.
     """
 
     name: str
     columns: Mapping[str, Sequence[Any]]
     caption: str = ""
     folded: bool = True
+    digits: int = 5
 
     def __len__(self) -> int:
         return max((len(values) for values in self.columns.values()), default=0)
@@ -56,7 +59,7 @@ class Table:
             if row != before + 1:
                 text = f"{row - before - 1:,} more rows in the file"
                 body.append(f'<tr class="gap"><td colspan="{len(self.columns)}">{text}</td></tr>')
-            body.append(f"<tr>{''.join(_cell(values[row]) for values in self.columns.values())}</tr>")
+            body.append(f"<tr>{''.join(_cell(values[row], self.digits) for values in self.columns.values())}</tr>")
         title = html.escape(self.caption or self.name)
         table = (
             f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table><caption>{title}</caption>'
@@ -95,8 +98,10 @@ def _column(values: Sequence[Any]) -> Any:
     return arrow.array([None if value is None else json.dumps(value, default=str) for value in values])
 
 
-def _cell(value: Any) -> str:
-    return f"<td{_kind([value])}>{html.escape(_text(value))}</td>"
+def _cell(value: Any, digits: int) -> str:
+    text = _text(value, digits)
+    kind = _kind([value]) or (' class="short"' if len(text) <= _SHORT else "")
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def _kind(values: Iterable[Any]) -> str:
@@ -104,7 +109,7 @@ def _kind(values: Iterable[Any]) -> str:
     return ' class="number"' if has_numbers else ""
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, digits: int) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool | str):
@@ -112,9 +117,9 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
-        return f"{value:.5g}" if math.isfinite(value) else str(value)
+        return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
     if isinstance(value, list | tuple):
         items = cast("Sequence[Any]", value)
         more = f", … ({len(items)} in all)" if len(items) > _MOST_ITEMS else ""
-        return ", ".join(_text(item) for item in items[:_MOST_ITEMS]) + more
+        return ", ".join(_text(item, digits) for item in items[:_MOST_ITEMS]) + more
     return str(value)
