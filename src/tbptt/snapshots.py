@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Carry
 from tbptt.guards.base import Guard
+from tbptt.rereading import Rereading
 from tbptt.tree import clone, to
 from tbptt.window import Window
 
@@ -77,7 +78,7 @@ class Snapshots:
 
     def note(self, window: Window, *, carried_on: bool) -> None:
         """Hear of an update's window, and whether the state after it is carried on."""
-        lanes = None if carried_on and not self._kept else window.reset.any(0)
+        lanes = None if carried_on and not self._kept else _begun(window)
         self._owed = None if carried_on else lanes
         if lanes is not None:
             self._kept = [replace(each, resets=_either(each.resets, lanes)) for each in self._kept]
@@ -137,6 +138,12 @@ class Snapshots:
         """Take over what `state_dict` returned."""
         self._last, self._owed = state["last"], state["owed"]
         self._kept = [_Snapshot(**each) for each in state["kept"]]
+
+
+def _begun(window: Window) -> Tensor | None:
+    """Return the lanes in which a sequence begins, shape (B,); None where that need not be made good."""
+    whole_pass = isinstance(cast(object, window), Rereading)  # so is the next, which begins with a reset of all lanes
+    return None if whole_pass else window.reset.any(0)
 
 
 def _either(before: Tensor | None, lanes: Tensor) -> Tensor:

@@ -128,7 +128,16 @@ def largest_difference(net: nn.Module, expected: list[Tensor]) -> float:
 
 @pytest.mark.parametrize(
     "back_at",
-    [(2,), (10,), (10, 12), (9, 10), (6, 7, 8, 30), (20, 40), (13, 14, 26, 27)],  # also twice to the same snapshot
+    [
+        (2,),
+        (10,),
+        (10, 12),
+        (10, 16),
+        (9, 10),
+        (6, 7, 8, 30),
+        (20, 40),
+        (13, 14, 26, 27),
+    ],  # also twice to the same snapshot
     ids=str,
 )
 def test_it_does_what_a_loop_by_hand_does(back_at: tuple[int, ...]) -> None:
@@ -286,3 +295,29 @@ def test_so_does_one_that_began_in_a_window_that_broke_the_state(reset_at: int, 
     assert isinstance(state, Tensor)
     assert state[0].item() == 18.0  # all but the fifth
     assert state[1].item() == expected  # the sixth to the tenth, where a sequence began in the fifth
+
+
+@pytest.mark.parametrize("k1", [8, "pass"])
+def test_estimators_whose_window_is_a_whole_pass_go_back_as_well(k1: Any) -> None:
+    def trained(*back_at: int) -> list[Tensor]:
+        net = model()
+        stream = tbptt.ArrayStream(*(each[:80] for each in rows()), lanes=LANES)
+        guards = [BackAt(*back_at, every=2), tbptt.NonFinite("skip")]
+        trainer(guards, net, stream=stream, estimator=tbptt.FullBPTT(k1)).run(updates=8)
+        return [each.detach() for each in net.parameters()]
+
+    if k1 == "pass":  # every window is the same pass: going back to after the second leaves so many updates fewer
+        assert all(map(torch.equal, trained(5, 6), trained(7, 8)))
+    assert not any(map(torch.equal, trained(5), trained()))
+
+
+@pytest.mark.parametrize("estimator", [tbptt.FullBPTT("pass"), tbptt.TBPTT(10, 10)], ids=str)
+def test_a_pass_that_broke_the_state_is_left_out(estimator: tbptt.Estimator) -> None:
+    inputs = torch.ones(20, 1)
+    inputs[3] = MARK
+    stream = tbptt.ArrayStream(inputs, torch.zeros(20, 1), lanes=2)
+    net = Sums()
+    made = trainer([tbptt.NonFinite("skip")], net, stream=stream, estimator=estimator)
+    made.run(updates=3)
+    assert made.updates == 3
+    assert net.weight.item() == 1.0
