@@ -42,9 +42,10 @@ def test_every_block_says_what_it_is_and_is_run() -> None:
 
 
 FORKING = """
-import json, os, runpy, sys
+import json, os, runpy, sys, warnings
 import torch
 
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # of fork, since 3.12
 torch.compiler.reset()  # imports what every optimizer asks for at its first step
 for line in sys.stdin:
     directory, words = json.loads(line)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Carry
-from tbptt.guards.base import Guard
+from tbptt.guards.base import Guard, Start
 from tbptt.rereading import Rereading
 from tbptt.tree import clone, to
 from tbptt.window import Window
@@ -42,7 +42,7 @@ class Snapshots:
     """The newest few snapshots of a run, as often as its guards ask for them; none where no guard goes back.
 
     Args:
-        guards: of the run. What the one that goes back remembers stays: it must know how often it did.
+        guards: of the run; they go back as well, each as its `went_back` has it.
         model: its parameters and buffers are copied.
         optimizer: over the model's parameters.
         scheduler: of the learning rate, if there is one.
@@ -62,11 +62,12 @@ class Snapshots:
     ) -> None:
         plans = [guard.snapshots for guard in guards if guard.snapshots is not None]
         self.plan = plans[0] if plans else None
-        self.guards = [guard for guard in guards if guard.snapshots is None]
+        self.guards = list(guards)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._kept: list[_Snapshot] = []  # the oldest first
         self._last = 0  # the update after which one was taken, or gone back to, last
         self._owed: Tensor | None = None  # the lanes to reset with the next window. Shape (B,)
+        self._late = False  # whether all lanes began a sequence within the last window, so that the next is cold, too
 
     def with_resets(self, window: Window) -> Window:
         """Return the window, with the resets of those left out before it at its first step."""
@@ -76,8 +77,15 @@ class Snapshots:
         first[0] = self._owed.to(first.device)
         return replace(window, reset=window.reset | first)
 
+    def start(self, window: Window) -> Start:
+        """Return what state a window is run from, as guards take it."""
+        if self._owed is not None:
+            return "gap"
+        return "sequence" if self._late or True in _resets(window).values() else "usual"
+
     def note(self, window: Window, *, carried_on: bool) -> None:
         """Hear of an update's window, and whether the state after it is carried on."""
+        self._late = any(every for step, every in _resets(window).items() if step)
         lanes = None if carried_on and not self._kept else _begun(window)
         self._owed = None if carried_on else lanes
         if lanes is not None:
@@ -125,25 +133,35 @@ class Snapshots:
             self.scheduler.load_state_dict(copy.deepcopy(chosen.scheduler))
         carry.load_state_dict(clone(to(chosen.carry, device)))
         for guard, remembered in zip(self.guards, chosen.guards, strict=True):
-            guard.load_state_dict(copy.deepcopy(remembered))
+            guard.went_back(copy.deepcopy(remembered))
         self._kept = [chosen]  # the later ones may hold what made the spike
         self._last, self._owed = update, chosen.resets
         return update - 1 - chosen.update
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshots as plain values and tensors."""
-        return {"last": self._last, "owed": self._owed, "kept": [dict(vars(each)) for each in self._kept]}
+        kept = [dict(vars(each)) for each in self._kept]
+        return {"last": self._last, "owed": self._owed, "late": self._late, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._last, self._owed = state["last"], state["owed"]
+        self._last, self._owed, self._late = state["last"], state["owed"], state["late"]
         self._kept = [_Snapshot(**each) for each in state["kept"]]
 
 
 def _begun(window: Window) -> Tensor | None:
     """Return the lanes in which a sequence begins, shape (B,); None where that need not be made good."""
-    whole_pass = isinstance(cast(object, window), Rereading)  # so is the next, which begins with a reset of all lanes
-    return None if whole_pass else window.reset.any(0)
+    return None if _is_pass(window) else window.reset.any(0)
+
+
+def _resets(window: Window) -> dict[int, bool]:
+    """Return where lanes begin a sequence, True for all of them; nowhere where each window is as the others are."""
+    return {} if _is_pass(window) else window.resets
+
+
+def _is_pass(window: Window) -> bool:
+    """Tell whether this is a whole pass; so is the next, which begins with a reset of all lanes."""
+    return isinstance(cast(object, window), Rereading)
 
 
 def _either(before: Tensor | None, lanes: Tensor) -> Tensor:

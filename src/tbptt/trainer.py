@@ -264,7 +264,7 @@ class Trainer:
         self.optimizer.zero_grad()  # the last gradients make room for the next
         window = self.snapshots.with_resets(window.to(self.device))
         raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window)
-        verdict = guarded(raw, self.guards)
+        verdict = guarded(raw, self.guards, self.snapshots.start(window))
         estimate = verdict if isinstance(verdict, Estimate) else None
         applied = estimate is not None and estimate.num_injected > 0
         rate = float(self.optimizer.param_groups[0]["lr"]) * raw.rate_factor

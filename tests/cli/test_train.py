@@ -144,7 +144,7 @@ def test_guards_and_tensorboard(train: Program) -> None:
 
 
 def test_threads_are_set_and_recorded(train: Program) -> None:
-    run = train("--threads", "2").run
+    run = train("--threads", "2", "--updates", "1").run
     assert torch.get_num_threads() == 2
     assert tomllib.loads((run / "config.toml").read_text())["run"]["threads"] == 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
 
 import numpy as np
@@ -133,9 +135,30 @@ def test_what_it_cannot_judge_it_refuses() -> None:
         guard(estimate_of(gradients))
     nothing = estimate_of(gradients, num_injected=0)
     assert guard(nothing) is nothing
+    other = nn.Linear(1, 1)
+    guard.begin(other)
+    with pytest.raises(ConfigError, match="has no parameter 'matrix'"):
+        guard(estimate_of(gradients_of(model, 1.0)))
     for settings in ({"clipping": 0.0}, {"clipping": math.inf}, {"epsilon": -1.0}, {"epsilon": True}):
         with pytest.raises(ConfigError, match="was expected to be a positive, finite number"):
             AdaptiveClip(**settings)
+
+
+def test_a_copy_of_the_guard_is_no_copy_of_the_model() -> None:
+    model = Weights(0)
+    guard = AdaptiveClip()
+    guard.begin(model)
+    gradients = gradients_of(model, 1.0)
+    found = copy.deepcopy(guard)(estimate_of(gradients)).gradients
+    with torch.no_grad():
+        model.filters.mul_(2.0)  # the copy looks at the same weights
+    torch.testing.assert_close(
+        copy.deepcopy(guard)(estimate_of(gradients)).gradients["filters"], 2 * found["filters"], rtol=1e-14, atol=0
+    )
+    del model
+    gc.collect()
+    with pytest.raises(ConfigError, match="it is gone"):
+        guard(estimate_of(gradients))
 
 
 def test_a_trainer_shows_it_the_model() -> None:

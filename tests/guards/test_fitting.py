@@ -69,6 +69,13 @@ def test_what_changes_the_mean_is_refused_with_an_unbiased_estimator(make: Calla
     trainer([make()], of_this_one)
 
 
+@pytest.mark.parametrize("make", CHANGE_THE_MEAN, ids=["norm", "value", "adaptive", "z", "spike"])
+@pytest.mark.parametrize("allowed", [1, "yes", None])
+def test_a_permission_is_true_or_false(make: Callable[..., Guard], allowed: Any) -> None:
+    with pytest.raises(ConfigError, match="allow_bias was expected to be True or False"):
+        make(allow_bias=allowed)
+
+
 def test_what_leaves_the_mean_alone_is_not_refused() -> None:
     trainer([NonFinite("skip")], Unbiased()).run(updates=2)
     trainer([], Unbiased())

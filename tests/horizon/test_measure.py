@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -436,9 +437,15 @@ def test_costs_and_limits() -> None:
     assert not too_tight.met
     with pytest.raises(ConfigError, match="memory"):
         report.recommend(0.1, memory=1.0)
-    fast = report.recommend(0.1, time=1.05 * costs.seconds_at(1000) / 1000)
-    assert fast.k1 > free.k1
-    assert not report.recommend(0.1, time=1e-12).met
+    known = replace(costs, seconds=tuple(1e-3 + 1e-5 * steps for steps in costs.lookbacks))  # those measured vary
+    timed = replace(report, costs=known)
+    slow = timed.recommend(0.1, time=1.0)
+    assert (slow.k1, slow.k2) == (free.k1, free.k2)
+    fast = timed.recommend(0.1, time=1e-4)
+    assert fast.met
+    assert fast.k2 == free.needed + fast.k1 - 1
+    assert (1e-3 + 1e-5 * fast.k2) / fast.k1 <= 1e-4 < (1e-3 + 1e-5 * free.k2) / free.k1
+    assert not timed.recommend(0.1, time=1e-12).met
     assert report.recommend(0.1).estimator() == tbptt.TBPTT(free.k1, free.k2)
 
 

@@ -113,7 +113,7 @@ class Runner:
         window = self.snapshots.with_resets(self._read().to(self.device))
         self.optimizer.zero_grad()
         raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window)
-        verdict = guarded(raw, self.guards)
+        verdict = guarded(raw, self.guards, self.snapshots.start(window))
         estimate = verdict if isinstance(verdict, Estimate) else None
         applied = estimate is not None and estimate.num_injected > 0
         if estimate is not None and applied:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate
 from tbptt.guards.base import Guard
-from tbptt.guards.norms import positive, total_norm, with_norm
+from tbptt.guards.norms import flag, positive, total_norm, with_norm
 from tbptt.model import named_parameters
 
 __all__ = ["AdaptiveClip"]
@@ -59,35 +60,48 @@ class AdaptiveClip(Guard):
         why = "every gradient would be lost or none ever clipped"
         self.clipping = positive("clipping", clipping, "AdaptiveClip", why, 0.01)
         self.epsilon = positive("epsilon", epsilon, "AdaptiveClip", "weights that are zero could never move", 1e-3)
-        self.allow_bias = allow_bias
-        self._weights: dict[str, Tensor] = {}
+        self.allow_bias = flag("allow_bias", allow_bias, "AdaptiveClip")
+        self._model: weakref.ref[nn.Module] | None = None  # weak, so that a copy of the guard is none of the model
 
     def begin(self, model: nn.Module) -> None:
         """Look at this model's weights from now on."""
-        self._weights = dict(named_parameters(model))
+        self._model = weakref.ref(model)
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with the gradients of some units scaled."""
         gradients = estimate.gradients
         if not estimate.num_injected or not gradients:
             return estimate
-        if not self._weights:
-            raise ConfigError(
-                "a model was expected to be shown before the first estimate, but none was: gradients are clipped by "
-                "the size of its weights",
-                fix="adaptive_clip.begin(model)",
-            )
+        weights = self._weights(gradients)
         norm = total_norm(gradients)
         wide = norm.dtype == torch.float64  # then squares may overflow the gradients' own dtype
+        factors = {name: self._factors(each, weights[name].detach(), wide) for name, each in gradients.items()}
+        counts = torch.stack([(each < 1.0).sum().to(norm.device) for each in factors.values()]).tolist()  # one transfer
         clipped: dict[str, Tensor] = {}
         num_clipped = 0
-        for name, gradient in gradients.items():
-            factors = self._factors(gradient, self._weights[name].detach(), wide)
-            num = int((factors < 1.0).sum()) * (gradient.numel() // max(1, factors.numel()))
-            clipped[name] = (gradient * factors).to(gradient.dtype) if num else gradient
-            num_clipped += num
+        for (name, gradient), count in zip(gradients.items(), counts, strict=True):
+            clipped[name] = (gradient * factors[name]).to(gradient.dtype) if count else gradient
+            num_clipped += count * (gradient.numel() // max(1, factors[name].numel()))
         share = num_clipped / sum(gradient.numel() for gradient in gradients.values())
         return estimate.with_gradients(clipped, **with_norm(estimate, norm, clipped_share=share))
+
+    def _weights(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = None if self._model is None else self._model()
+        weights = {} if model is None else named_parameters(model)
+        if not weights:
+            raise ConfigError(
+                "a model was expected to be shown before the first estimate, but none was, or it is gone: gradients "
+                "are clipped by the size of its weights",
+                fix="adaptive_clip.begin(model)",
+            )
+        unknown = [name for name in gradients if name not in weights]
+        if unknown:
+            raise ConfigError(
+                f"gradients of the model that was shown were expected, but that has no parameter {unknown[0]!r}: they "
+                "would be clipped by the size of other weights",
+                fix="adaptive_clip.begin(model) with the model that is trained",
+            )
+        return weights
 
     def _factors(self, gradient: Tensor, weight: Tensor, wide: bool) -> Tensor:
         """Return what to multiply each unit's gradient with; of a shape that broadcasts to the gradient's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import nn
 
@@ -13,7 +13,11 @@ from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary
 
-__all__ = ["Guard", "RollBack", "SnapshotPlan", "check_guards", "guarded"]
+__all__ = ["Guard", "RollBack", "SnapshotPlan", "Start", "check_guards", "guarded"]
+
+Start: TypeAlias = Literal["usual", "sequence", "gap"]
+"""The state that a window was run from: that after the steps before it; the initial one, in all lanes; or that of
+other steps, as those before it were left out."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class Guard(ABC):
         """Hear, before the first estimate, which model they are for."""
         del model  # most guards judge by the gradient alone
 
+    def unsettle(self, start: Start) -> None:
+        """Hear, before an estimate, that it was not made from the usual state."""
+        del start  # most guards do not mind
+
+    def went_back(self, state: dict[str, Any]) -> None:
+        """Hear that the run has gone back to where `state_dict` returned `state`."""
+        self.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the guard remembers; nothing unless it says otherwise."""
         return {}
@@ -72,8 +84,18 @@ class Guard(ABC):
         del state  # nothing is remembered
 
 
-def guarded(estimate: Estimate, guards: Iterable[Guard]) -> Estimate | RollBack | None:
-    """Return what the guards, one after the other, let pass; the first verdict that is no estimate ends it."""
+def guarded(estimate: Estimate, guards: Iterable[Guard], start: Start = "usual") -> Estimate | RollBack | None:
+    """Return what the guards, one after the other, let pass; the first verdict that is no estimate ends it.
+
+    Args:
+        estimate: of a window.
+        guards: in order.
+        start: the state that the window was run from.
+    """
+    guards = list(guards)
+    if start != "usual":
+        for guard in guards:  # all of them, also where an earlier one lets nothing pass
+            guard.unsettle(start)
     for guard in guards:
         verdict = guard(estimate)
         if not isinstance(verdict, Estimate):

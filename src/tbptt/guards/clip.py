@@ -9,7 +9,7 @@ import torch
 
 from tbptt.estimators.base import Estimate
 from tbptt.guards.base import Guard
-from tbptt.guards.norms import norms, positive, scaled_to, total_norm, with_norm
+from tbptt.guards.norms import flag, norms, positive, scaled_to, total_norm, with_norm
 
 __all__ = ["ClipNorm", "ClipValue"]
 
@@ -43,7 +43,7 @@ class ClipNorm(Guard):
 
     def __init__(self, max_norm: float, *, allow_bias: bool = False) -> None:
         self.max_norm = positive("max_norm", max_norm, "ClipNorm", _WHY)
-        self.allow_bias = allow_bias
+        self.allow_bias = flag("allow_bias", allow_bias, "ClipNorm")
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its gradients scaled."""
@@ -78,7 +78,7 @@ class ClipValue(Guard):
 
     def __init__(self, max_value: float, *, allow_bias: bool = False) -> None:
         self.max_value = positive("max_value", max_value, "ClipValue", _WHY)
-        self.allow_bias = allow_bias
+        self.allow_bias = flag("allow_bias", allow_bias, "ClipValue")
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its gradients clamped."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tbptt.errors import ConfigError, NonFiniteError
 from tbptt.estimators.base import Estimate
 
-__all__ = ["norms", "positive", "scaled_to", "total_norm", "whole", "with_norm"]
+__all__ = ["flag", "norms", "positive", "scaled_to", "total_norm", "whole", "with_norm"]
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
@@ -44,6 +44,20 @@ def whole(name: str, value: int, least: int, owner: str, why: str, default: int)
             fix=f"{owner}({name}={default})",
         )
     return number
+
+
+def flag(name: str, value: bool, owner: str) -> bool:
+    """Return `value`.
+
+    Raises:
+        ConfigError: it is neither True nor False.
+    """
+    if not isinstance(cast(object, value), bool):
+        raise ConfigError(
+            f"{name} was expected to be True or False, but is {value!r}: it would count as one of them by chance",
+            fix=f"{owner}(..., {name}=True)",
+        )
+    return value
 
 
 def total_norm(gradients: dict[str, Tensor]) -> Tensor:

@@ -6,15 +6,18 @@ import math
 from statistics import median
 from typing import Any, ClassVar
 
-from tbptt.errors import ConfigError, DivergedError
+from tbptt.errors import ConfigError, DivergedError, NonFiniteError
 from tbptt.estimators.base import Estimate
-from tbptt.guards.base import Guard, RollBack, SnapshotPlan
-from tbptt.guards.norms import positive, whole
+from tbptt.guards.base import Guard, RollBack, SnapshotPlan, Start
+from tbptt.guards.norms import flag, positive, total_norm, whole
 
 __all__ = ["SpikeRollback"]
 
 _MEMORY = 100  # values that the next one is compared with
 _PER_MAD = 1.4826  # standard deviations to a median absolute deviation, of normal numbers
+_EXPLOSION = 1000.0  # times the largest value remembered: a spike however far these are scattered
+_LARGEST = 709.0  # the largest logarithm of a number that a float holds, about
+_LOOSE = 100.0  # times what was seen from a state that was not usual: a spike even while the next values are high
 
 
 class SpikeRollback(Guard):
@@ -27,22 +30,29 @@ class SpikeRollback(Guard):
     which a new sequence has begun meanwhile is reset.
 
     A value is a spike if it is not finite; or, after the warm-up, if it is above the median of the last 100 that were
-    none, by more than (factor - 1) |median| and by more than `z` of their robust deviations, 1.4826 times the median
-    absolute one. Loss and norm are each judged by their own. A loss that falls to nearly zero has a median that chance
-    alone goes far above: give `loss_factor=None` then.
+    none, by more than `z` of their robust deviations, 1.4826 times the median absolute one, and by more than the
+    factor. Both are counted in logarithms, as losses and norms spread by factors; 1000 times the largest of the 100 is
+    always too much. Where one of them is not above 0 the values are taken as they are, and (factor - 1) |median| is
+    what the factor asks for.
+
+    What follows a state that is not the usual one is high for no fault of the weights: where all lanes begin a
+    sequence a value is compared with those of other such windows, if there are enough; after going back the first is
+    taken as it comes. For 100 updates after it, what is below 100 times that value passes, too: a spike just there is
+    not seen, unless it is that large.
 
     Put it after NonFinite if NaN is to end the run or to be left out instead, and before clipping. Weights, buffers,
-    optimizer, scheduler, carry and the other guards go back; the number of updates, random generators and what this
-    guard has seen do not. The update counts as refused and has the metric `rolled_back`, the number of updates undone.
-    Trainer and `compare` do it; Lightning's mixin refuses it.
+    optimizer, scheduler, carry and what guards have seen go back; the number of updates, random generators and how
+    often it went back do not. The update counts as refused and has the metric `rolled_back`, the number of updates
+    undone. Trainer and `compare` do it; Lightning's mixin refuses it.
 
     Args:
         every: updates between two snapshots, at least 1.
         keep: how many are kept, at least 2.
-        z: how many robust deviations above the median a value may be, above 0.
-        loss_factor: how many times the median a loss may be, above 1; None: losses are not watched.
-        norm_factor: how many times the median a gradient norm may be, before clipping; None likewise. Norms have long
-            tails: healthy runs have been seen to reach 67 times their level, see `tbptt.Alarms`.
+        z: how many robust deviations above the median a value may be, above 0. The default's origin: with it healthy
+            runs do not go back (tests/guards/test_healthy.py).
+        loss_factor: how many times the median a loss may always be, above 1; None: losses are not watched.
+        norm_factor: how many times the median a gradient norm may always be, before clipping; None likewise. NaN and
+            infinity are seen even so.
         warm_up: values without which none is judged, from 2 to 100.
         limit: how often it may go back with fewer than `every * keep` good updates in between.
         allow_bias: whether it may be used with an unbiased estimator, whose promise it breaks.
@@ -69,9 +79,9 @@ class SpikeRollback(Guard):
         every: int = 50,
         *,
         keep: int = 2,
-        z: float = 6.0,
-        loss_factor: float | None = 3.0,
-        norm_factor: float | None = 100.0,
+        z: float = 10.0,
+        loss_factor: float | None = 2.0,
+        norm_factor: float | None = 10.0,
         warm_up: int = 25,
         limit: int = 3,
         allow_bias: bool = False,
@@ -80,13 +90,13 @@ class SpikeRollback(Guard):
         self.snapshots = self._plan = SnapshotPlan(
             whole("every", every, 1, "SpikeRollback", why, 50), whole("keep", keep, 2, "SpikeRollback", why, 2)
         )
-        self.z = positive("z", z, "SpikeRollback", "noise would be a spike, or nothing", 6.0)
-        self.loss_factor = _above_1("loss_factor", loss_factor, 3.0)
-        self.norm_factor = _above_1("norm_factor", norm_factor, 100.0)
+        self.z = positive("z", z, "SpikeRollback", "noise would be a spike, or nothing", 10.0)
+        self.loss_factor = _above_1("loss_factor", loss_factor, 2.0)
+        self.norm_factor = _above_1("norm_factor", norm_factor, 10.0)
         if self.loss_factor is None and self.norm_factor is None:
             raise ConfigError(
                 "a loss_factor or a norm_factor was expected, but both are None: nothing would be watched",
-                fix="SpikeRollback(loss_factor=3.0, norm_factor=100.0), or no SpikeRollback",
+                fix="SpikeRollback(loss_factor=2.0, norm_factor=10.0), or no SpikeRollback",
             )
         self.warm_up = whole("warm_up", warm_up, 2, "SpikeRollback", "a deviation needs two values", 25)
         if self.warm_up > _MEMORY:
@@ -96,30 +106,32 @@ class SpikeRollback(Guard):
                 fix="SpikeRollback(warm_up=25)",
             )
         self.limit = whole("limit", limit, 1, "SpikeRollback", "a run that is lost would go back for ever", 3)
-        self.allow_bias = allow_bias
-        self._losses: list[float] = []
-        self._norms: list[float] = []
+        self.allow_bias = flag("allow_bias", allow_bias, "SpikeRollback")
+        self._losses = _Series("loss", self.loss_factor, self.z, self.warm_up)
+        self._norms = _Series("gradient norm", self.norm_factor, self.z, self.warm_up)
+        self._start: Start = "usual"  # of the next estimate
         self._in_row = 0  # times that it went back, each soon after the one before
         self._since = 0  # good updates since the last of them
 
+    def unsettle(self, start: Start) -> None:
+        """Hear that the next estimate is not from the usual state, so that its numbers may not be usual either."""
+        self._start = start
+
     def __call__(self, estimate: Estimate) -> Estimate | RollBack:
         """Return the estimate with its norm measured, or the verdict to go back."""
+        start, self._start = self._start, "usual"
         if not estimate.num_injected or not estimate.gradients:
             return estimate
-        norm = estimate.gradient_norm().item()
-        loss = estimate.loss.item() if estimate.num_terms else None
-        faults = [
-            *_judged("loss", loss, self._losses, self.loss_factor, self.z, self.warm_up),
-            *_judged("gradient norm", norm, self._norms, self.norm_factor, self.z, self.warm_up),
-        ]
+        norm = _norm(estimate)
+        seen = [(self._losses, estimate.loss.item())] if estimate.num_terms else []
+        seen.append((self._norms, norm))
+        faults = [fault for series, value in seen if (fault := series.fault(value, start))]
         if faults:
             return self._roll_back(" and ".join(faults))
-        if loss is not None and self.loss_factor is not None:
-            self._losses = [*self._losses, loss][-_MEMORY:]
-        if self.norm_factor is not None:
-            self._norms = [*self._norms, norm][-_MEMORY:]
+        for series, value in seen:
+            series.remember(value, start)
         self._since += 1
-        known = "gradient_norm" in estimate.metrics or not math.isfinite(norm)
+        known = "gradient_norm" in estimate.metrics
         return estimate if known else estimate.with_gradients(estimate.gradients, gradient_norm=norm)
 
     def _roll_back(self, reason: str) -> RollBack:
@@ -138,38 +150,108 @@ class SpikeRollback(Guard):
         self._since = 0
         return RollBack(reason)
 
+    def went_back(self, state: dict[str, Any]) -> None:
+        """Take over what was usual at the weights of then; how often it went back is not forgotten."""
+        self.load_state_dict(state | {"in_row": self._in_row, "since": self._since})
+
     def state_dict(self) -> dict[str, Any]:
         """Return the values that the next are compared with, and how often it went back of late."""
         return {
-            "losses": list(self._losses),
-            "norms": list(self._norms),
+            "losses": self._losses.state_dict(),
+            "norms": self._norms.state_dict(),
             "in_row": self._in_row,
             "since": self._since,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._losses = [float(each) for each in state["losses"]]
-        self._norms = [float(each) for each in state["norms"]]
+        self._losses.load_state_dict(state["losses"])
+        self._norms.load_state_dict(state["norms"])
         self._in_row, self._since = int(state["in_row"]), int(state["since"])
 
 
-def _judged(
-    name: str, value: float | None, before: list[float], factor: float | None, z: float, warm_up: int
-) -> list[str]:
-    """Return what is wrong with the value, in no or one sentence."""
-    if value is None or factor is None:
-        return []
-    if not math.isfinite(value):
-        return [f"the {name} is {value}"]
+class _Series:
+    """One number of each update: what it has been of late, and what it may be next.
+
+    Args:
+        name: for people.
+        factor: how many times the median it may be in any case; None: only what is not finite is a fault.
+        z: how many robust deviations above the median it may be.
+        warm_up: the number of values without which none is judged.
+    """
+
+    def __init__(self, name: str, factor: float | None, z: float, warm_up: int) -> None:
+        self.name, self.factor, self.z, self.warm_up = name, factor, z, warm_up
+        self._usual: list[float] = []
+        self._first: list[float] = []  # of windows in which all lanes begin a sequence
+        self._raised = 0.0  # what it was from a state that was not usual
+        self._left = 0  # usual windows for which that matters: until the memory is of later ones alone
+
+    def fault(self, value: float, start: Start) -> str:
+        """Return what is wrong with a value, as a sentence; nothing for nothing."""
+        if not math.isfinite(value):
+            return f"the {self.name} is {value}"
+        most = math.inf if self.factor is None or start == "gap" else self._most(start)
+        if value <= most:
+            return ""
+        middle = median(self._first if start == "sequence" else self._usual)
+        return f"the {self.name} is {value:.4g}, where {middle:.4g} is usual and {most:.4g} the most expected"
+
+    def remember(self, value: float, start: Start) -> None:
+        """Take in a value without fault."""
+        if self.factor is None:
+            return
+        if start == "usual":
+            self._usual, self._left = [*self._usual, value][-_MEMORY:], max(0, self._left - 1)
+            return
+        self._raised, self._left = value, _MEMORY
+        if start == "sequence":
+            self._first = [*self._first, value][-_MEMORY:]
+
+    def _most(self, start: Start) -> float:
+        """Return the largest value that is no spike."""
+        assert self.factor is not None
+        if start == "sequence":
+            return _most(self._first, self.factor, self.z, self.warm_up)
+        most = _most(self._usual, self.factor, self.z, self.warm_up)
+        return max(most, _times(_LOOSE, self._raised)) if self._left else most
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"usual": list(self._usual), "first": list(self._first), "raised": self._raised, "left": self._left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._usual, self._first = list(state["usual"]), list(state["first"])
+        self._raised, self._left = state["raised"], state["left"]
+
+
+def _most(before: list[float], factor: float, z: float, warm_up: int) -> float:
+    """Return the largest value that is no spike after these; infinity where they are too few to tell."""
     if len(before) < warm_up:
-        return []
-    middle = median(before)
-    deviation = _PER_MAD * median(abs(each - middle) for each in before)
-    most = middle + max(z * deviation, (factor - 1) * abs(middle))
-    if value <= most:
-        return []
-    return [f"the {name} is {value:.4g}, where {middle:.4g} is usual and {most:.4g} the most expected"]
+        return math.inf
+    by_factors = min(before) > 0
+    values = [math.log(each) for each in before] if by_factors else before
+    middle = median(values)
+    deviation = _PER_MAD * median(abs(each - middle) for each in values)
+    if not by_factors:
+        return max(_times(factor, middle), middle + z * deviation)
+    scattered = min(middle + z * deviation, max(values) + math.log(_EXPLOSION))
+    return math.exp(min(max(middle + math.log(factor), scattered), _LARGEST))
+
+
+def _times(factor: float, value: float) -> float:
+    """Return `factor` times a value, counted from it upwards if it is below 0."""
+    return value + (factor - 1) * abs(value)
+
+
+def _norm(estimate: Estimate) -> float:
+    """Return the gradient's norm before clipping; not finite only where a gradient is not, or where none could be."""
+    norm = estimate.gradient_norm().item()
+    if math.isfinite(norm):
+        return norm
+    try:
+        return total_norm(estimate.gradients).item()  # in float64, if only the sum of squares has overflowed
+    except NonFiniteError:
+        return norm
 
 
 def _above_1(name: str, value: float | None, default: float) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate
 from tbptt.guards.base import Guard
-from tbptt.guards.norms import positive, scaled_to, total_norm, whole
+from tbptt.guards.norms import flag, positive, scaled_to, total_norm, whole
 
 __all__ = ["ZClip"]
 
@@ -85,7 +85,8 @@ class ZClip(Guard):
                 "norm that stands out is clipped to",
                 fix='ZClip(mode="adaptive_scaling")',
             )
-        self.mode, self.update_on_spike, self.allow_bias = mode, update_on_spike, allow_bias
+        self.mode, self.update_on_spike = mode, flag("update_on_spike", update_on_spike, "ZClip")
+        self.allow_bias = flag("allow_bias", allow_bias, "ZClip")
         self._norms: list[float] = []  # of the warm-up; kept after it, as the sign that it is over
         self._mean = self._variance = 0.0
 

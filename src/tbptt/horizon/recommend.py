@@ -206,8 +206,7 @@ def choose(needed: Need, costs: Costs | None, limits: Limits, tolerance: float, 
         raise ConfigError(
             f"a dependency that ends within the {needed.longest} lags measured was expected, but beyond lies more "
             f"of it than a tolerance of {tolerance:g} allows: any k2 would be a guess",
-            fix=f"tbptt.horizon.measure(..., max_lag={2 * needed.longest}); or recommend(..., memory=...) for the "
-            "longest that fits",
+            fix=f"measured again with max_lag={2 * needed.longest}; or memory=..., for the longest that fits",
         )
     target = steps if steps is not None else cap
     assert target is not None
