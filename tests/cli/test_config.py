@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,32 @@ def test_a_boundary_is_spelled_as_in_python() -> None:
     for wrong in ("ClipBoundary(-1.0)", "ClipNorm(1.0)", "0.5"):
         assert "ClipBoundary" in str(refusal(*overlapping, f"estimator.boundary={wrong}"))
     assert "crosses none" in str(refusal("estimator.k1=8", "estimator.k2=8", "estimator.boundary=ClipBoundary(0.5)"))
+
+
+EXAMPLES = [each for _, kind in sorted(estimator_classes().items()) for each in kind.examples()]
+
+
+@pytest.mark.parametrize("estimator", EXAMPLES, ids=str)
+def test_every_example_of_an_estimator_can_be_written_as_toml(estimator: estimators.Estimator) -> None:
+    """As a user writes it: numbers, lists, and what is spelled as in Python as text."""
+    table: dict[str, object] = {"name": type(estimator).__name__}
+    for each in fields(estimator):
+        value = getattr(estimator, each.name)
+        if value is not None and each.name != "keep_outputs":
+            plain = isinstance(value, bool | int | float | str | tuple)
+            table[each.name] = (list(value) if isinstance(value, tuple) else value) if plain else str(value)
+    made = Given()
+    made.add_tables(tomllib.loads(tomli_w.dumps({"estimator": table})), "a.toml")
+    made.add_assignments(["guards.clip_norm=0"])
+    config = resolve(made)
+    assert config.build_estimator() == estimator
+    again = Given()
+    again.add_tables(tomllib.loads(tomli_w.dumps(config.to_tables())), "the run's own")
+    assert resolve(again).build_estimator() == estimator
+
+
+def test_a_list_of_the_wrong_kind_is_refused_in_plain_words() -> None:
+    for wrong in ("[8, 16.5]", "8", '["8"]'):
+        error = refusal("estimator.name=Telescope", f"estimator.lengths={wrong}")
+        assert "estimator.lengths" in error.message
+        assert "Input should be" not in error.message

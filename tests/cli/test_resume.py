@@ -156,3 +156,20 @@ def test_weights_of_another_model_are_refused(train: Program, program: Program) 
     ended = program("resume", run)
     assert ended.code == 1
     assert "belongs to another run: its weights" in ended.err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("name=Telescope", "lengths=[4, 8]", "k1=4"),
+        ("name=ARTBP", "mean_length=4", 'alpha="constant"'),
+        ("name=TBPTT", "k1=4", "k2=8", 'boundary="ClipBoundary(0.5)"'),
+    ],
+)
+def test_estimators_with_lists_and_words_are_resumed(program: Program, text: Path, settings: tuple[str, ...]) -> None:
+    given = [part for each in (*(f"estimator.{s}" for s in settings), "guards.clip_norm=0") for part in ("--set", each)]
+    started = program("train", text, "--lanes", "2", "--hidden", "6", "--threads", "1", "--updates", "3", *given)
+    assert started.code == 0, started.err
+    resumed = program("resume", started.out.strip(), "--updates", "5")
+    assert resumed.code == 0, resumed.err
+    assert "5 updates" in resumed.err

@@ -210,3 +210,16 @@ def test_guards_that_cannot_be_meant_are_refused(train: Program, word: str) -> N
     ended = train("--set", f"guards.{word}")
     assert ended.code == 2
     assert f"guards.{word.partition('=')[0]}" in ended.err
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [("--k1", "Ramp(2, 8, over=10)"), ("--set", "estimator.name=ARTBP", "--set", "estimator.mean_length=4")],
+)
+def test_a_schedule_without_a_known_end_is_refused(program: Program, text: Path, estimator: tuple[str, ...]) -> None:
+    small = ("--lanes", "2", "--hidden", "6", "--threads", "1", *estimator)
+    decaying = ("--set", "schedule.name=cosine", "--set", "guards.clip_norm=0")
+    refused = program("train", text, *small, *decaying, "--passes", "2")
+    assert refused.code != 0
+    assert "not all alike" in refused.err
+    assert program("train", text, *small, *decaying, "--updates", "3").code == 0  # the control: with a known end

@@ -115,10 +115,11 @@ def _refuse_unknown_end(config: Config, estimator: Estimator) -> None:
     """Refuse a schedule that ends with the last pass, where nobody knows how many updates a pass will have."""
     k1: object = getattr(estimator, "k1", None)
     decays = config.schedule.name != "constant"
-    if isinstance(k1, Length) and decays and config.run.updates is None and config.schedule.updates is None:
+    varies = k1 is None or isinstance(k1, Length)  # without a k1 the windows' lengths are drawn
+    if varies and decays and config.run.updates is None and config.schedule.updates is None:
         raise ConfigError(
-            f"the number of updates was expected, as the learning rate is to fall until the end, but k1 = {k1} "
-            "changes: how many updates a pass has is not known beforehand",
+            f"the number of updates was expected, as the learning rate is to fall until the end, but the "
+            f"windows of {estimator} are not all alike: how many updates a pass has is not known beforehand",
             fix="--updates 5000; or --set schedule.updates=5000; or --set schedule.name=constant",
         )
 

@@ -7,10 +7,10 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, create_model
 from pydantic_core import PydanticCustomError
 
 from tbptt import estimators
@@ -230,13 +230,13 @@ class Config(_Section):
         """
         kind = estimator_classes()[self.estimator["name"]]
         spelled = _spelled_in(kind)
-        return kind(
-            **{
-                name: _SPELLED[spelled[name]][1](value) if name in spelled and isinstance(value, str) else value
-                for name, value in self.estimator.items()
-                if name != "name"
-            }
-        )
+
+        def read(name: str, value: Any) -> Any:
+            if name in spelled and isinstance(value, str):
+                return _SPELLED[spelled[name]][1](value)
+            return tuple(value) if isinstance(value, list) else value
+
+        return kind(**{name: read(name, value) for name, value in self.estimator.items() if name != "name"})
 
 
 def estimator_classes() -> dict[str, Callable[..., Estimator]]:
@@ -256,7 +256,8 @@ def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -
 
     A length that may change is a number, or the policy as text: `"Adaptive(tolerance=0.1)"`; so is a `ClipBoundary`.
     """
-    hints = _hints(target) | {name: _SPELLED[kind][0] for name, kind in _spelled_in(target).items()}
+    hints = {name: _from_list(hint) for name, hint in _hints(target).items()}
+    hints |= {name: _SPELLED[kind][0] for name, kind in _spelled_in(target).items()}
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if name not in without:
@@ -268,6 +269,13 @@ def arguments_model(target: Callable[..., Any], without: Collection[str] = ()) -
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(target if isinstance(target, type) and is_dataclass(target) else target.__init__)
+
+
+def _from_list(hint: Any) -> Any:
+    """Return a hint that takes a list, which is all that TOML has, where it says tuple."""
+    if tuple not in (get_origin(each) for each in (hint, *get_args(hint))):
+        return hint
+    return Annotated[hint, BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]  # pyright: ignore[reportUnknownLambdaType]
 
 
 def _spelled_in(target: Callable[..., Any]) -> dict[str, type]:

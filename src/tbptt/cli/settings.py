@@ -32,6 +32,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "a table",
     "model_type": "a table",
     "finite_number": "a finite number",
@@ -191,7 +192,9 @@ def _checked_estimator(config: Config, origins: Mapping[str, str], examples: Map
         )
     given = {key: value for key, value in config.estimator.items() if key != "name"}
     model = arguments_model(classes[name], _ESTIMATOR_SET_ELSEWHERE)
-    return {"name": name, **_validated(model, given, "estimator", origins, examples).model_dump(exclude_none=True)}
+    found = _validated(model, given, "estimator", origins, examples).model_dump(exclude_none=True)
+    as_toml = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    return {"name": name, **as_toml}
 
 
 def _build_estimator(config: Config, examples: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 from torch import nn
@@ -47,7 +47,7 @@ class ARTBP(Estimator):
         mean_length: L0, mean number of steps between two cuts; a whole multiple of `block`, or more than it. Infinite:
             never cut, but at `longest`.
         alpha: of the heavy-tailed rate c_t = alpha / ((alpha - 1) L0 + t), t blocks after the last cut, above 1: the
-            weights grow like a power of t. None: the constant rate 1 / L0, whose weights grow exponentially.
+            weights grow like a power of t. "constant": the rate 1 / L0, whose weights grow exponentially.
         block: steps between places where it may be cut, which are run in one call of the model.
         longest: the most steps between two cuts; there it is always cut, which bounds the memory and makes the
             estimate biased: what lies farther back is missing. None: no bound.
@@ -71,7 +71,7 @@ class ARTBP(Estimator):
     """
 
     mean_length: float
-    alpha: float | None = 4.0
+    alpha: float | Literal["constant"] = 4.0
     block: int = 1
     longest: int | None = None
     seed: int = 0
@@ -82,7 +82,7 @@ class ARTBP(Estimator):
     @classmethod
     def examples(cls) -> tuple[ARTBP, ...]:
         """Return settings of both rates, with blocks, and bounded; see `Estimator.examples`."""
-        return cls(4), cls(6, alpha=None, block=2), cls(5, alpha=6.0, longest=9)
+        return cls(4), cls(6, alpha="constant", block=2), cls(5, alpha=6.0, longest=9)
 
     def __post_init__(self) -> None:
         for name in ("block", "longest"):
@@ -101,10 +101,12 @@ class ARTBP(Estimator):
                 "longest was expected together with an infinite mean_length, but is None: it would never be cut",
                 fix="ARTBP(mean_length=math.inf, longest=1000)",
             )
-        if self.alpha is not None and not 1 < self.alpha < math.inf:
+        known = self.alpha == "constant" if isinstance(self.alpha, str) else 1 < self.alpha < math.inf
+        if isinstance(self.alpha, bool) or not known:
             raise ConfigError(
-                f"alpha was expected to be above 1, but is {self.alpha!r}: the mean length would not be finite",
-                fix="alpha=4, or alpha=None for a constant rate",
+                f'alpha was expected to be a number above 1, or "constant", but is {self.alpha!r}: with 1 or less the '
+                "mean length would not be finite",
+                fix='alpha=4, or alpha="constant"',
             )
         if self.longest is not None:
             if self.longest % self.block:
@@ -120,7 +122,7 @@ class ARTBP(Estimator):
         if math.isinf(self.mean_length):
             return 0.0
         mean = self.mean_length / self.block
-        return 1 / mean if self.alpha is None else min(1.0, self.alpha / ((self.alpha - 1) * mean + blocks))
+        return 1 / mean if isinstance(self.alpha, str) else min(1.0, self.alpha / ((self.alpha - 1) * mean + blocks))
 
     def length(self, number: int) -> int:
         """Return the steps between two cuts; `number` counts the stretches from 0."""

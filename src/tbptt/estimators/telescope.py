@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal, cast, final
 
 import numpy as np
@@ -120,20 +121,14 @@ class Telescope(Estimator):
         """Return P(N = n), given running means of |D_n|^2, None where nothing is known yet."""
         if not isinstance(self.distribution, str):
             return list(self.distribution)
-        first = self.lengths[0]
+        before = [self.lengths[0] / length for length in self.lengths]
+        added = self.lengths if self.sampling == "single" else [b - a for a, b in pairwise([0, *self.lengths])]
+        wanted = [None if mean is None else math.sqrt(mean / more) for mean, more in zip(running, added, strict=True)]
+        found = _scaled_to(before, wanted)
         if self.sampling == "single":
-            before = [first / length for length in self.lengths]
-            wanted = [
-                None if mean is None else math.sqrt(mean / at) for mean, at in zip(running, self.lengths, strict=True)
-            ]
-            chosen = _scaled_to(before, wanted)
-            total = sum(chosen)
-            return [each / total for each in chosen]
-        before = [first / length for length in self.lengths]
-        steps = [first, *(b - a for a, b in zip(self.lengths, self.lengths[1:], strict=False))]
-        wanted = [None if mean is None else math.sqrt(mean / more) for mean, more in zip(running, steps, strict=True)]
+            return [each / sum(found) for each in found]
         tails: list[float] = []
-        for each in _scaled_to(before, wanted):
+        for each in found:
             tails.append(1.0 if not tails else min(tails[-1], each))
         return [a - b for a, b in zip(tails, [*tails[1:], 0.0], strict=True)]
 
@@ -189,9 +184,7 @@ class Telescope(Estimator):
         running = list(carry.running)
         for n, square in enumerate(squares):
             mean = running[n]
-            if math.isfinite(
-                square
-            ):  # an update that explodes is for the guards to say; no probability follows from it
+            if math.isfinite(square):  # else: for the guards to say; no probability follows from it
                 running[n] = square if mean is None else (1 - _NEWEST) * mean + _NEWEST * square
         return estimate, replace(after, running=tuple(running))
 
