@@ -16,6 +16,7 @@ from tbptt.estimators import (
     Estimator,
     FullBPTT,
     Mixture,
+    SyntheticGradients,
     Telescope,
     TruncatedES,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "Stateful",
     "Stream",
     "Summary",
+    "SyntheticGradients",
     "TbpttError",
     "Telescope",
     "TensorBoard",

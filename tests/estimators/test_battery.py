@@ -15,6 +15,7 @@ from tbptt import Estimate, Estimator, Window
 from tbptt.cli.config import estimator_classes
 from tbptt.codec import decode, encode
 from tbptt.errors import ShapeError
+from tbptt.estimators.predictor import PREFIX
 from tbptt.testing import Recording
 
 EXAMPLES = [each for _, kind in sorted(estimator_classes().items()) for each in kind.examples()]
@@ -22,11 +23,12 @@ every = pytest.mark.parametrize("estimator", EXAMPLES, ids=str)
 T = 30
 
 
-def made(name: str, *, resets: bool = True) -> tuple[nn.Module, Recording]:
+def made(estimator: Estimator, name: str, *, resets: bool = True) -> tuple[nn.Module, Recording]:
     torch.manual_seed(0)
     system = SYSTEMS[name]()
     recording = record(system, T, masks=True, resets=resets)
     recording.mask[:, 0] = True
+    estimator.prepare(system.model, recording.inputs[:2])
     return system.model, recording
 
 
@@ -55,11 +57,11 @@ def same(left: Estimate, right: Estimate) -> bool:
 @every
 @pytest.mark.parametrize("name", ["lstm", "leaky", "nested"])
 def test_losses_are_the_models_and_gradients_are_the_parameters(estimator: Estimator, name: str) -> None:
-    model, recording = made(name)
+    model, recording = made(estimator, name)
     estimates, carry = run(estimator, model, recording)
     with torch.no_grad():
-        leaves = {key: value.detach() for key, value in model.named_parameters()}
-        total, _ = recording.run([leaves] * T, None, 0, T, list(range(T)))
+        own = {key: value.detach() for key, value in model.named_parameters() if not key.startswith(PREFIX)}
+        total, _ = recording.run([own] * T, None, 0, T, list(range(T)))
     assert sum(each.num_terms for each in estimates) == int(recording.mask.sum())
     torch.testing.assert_close(torch.stack([each.loss_sum for each in estimates]).sum(), total)
     for estimate in estimates:
@@ -75,7 +77,7 @@ def test_losses_are_the_models_and_gradients_are_the_parameters(estimator: Estim
 @pytest.mark.parametrize("name", ["lstm", "leaky", "nested"])
 def test_nothing_of_the_time_before_a_reset_is_left_after_it(estimator: Estimator, name: str) -> None:
     """A reset of all lanes: with another past before it, the losses after it have the same gradient."""
-    model, recording = made(name, resets=False)
+    model, recording = made(estimator, name, resets=False)
     recording.reset[13] = True
     recording.mask[:] = torch.arange(T)[:, None] >= 13
     other = copy.deepcopy(recording)
@@ -94,7 +96,7 @@ def test_nothing_of_the_time_before_a_reset_is_left_after_it(estimator: Estimato
 @every
 @pytest.mark.parametrize("name", ["lstm", "nested"])
 def test_a_saved_carry_goes_on_bit_for_bit(estimator: Estimator, name: str) -> None:
-    model, recording = made(name)
+    model, recording = made(estimator, name)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def train(carry: Any, begin: int, end: int) -> tuple[list[Estimate], Any, int]:
@@ -127,7 +129,7 @@ def test_a_saved_carry_goes_on_bit_for_bit(estimator: Estimator, name: str) -> N
 
 @every
 def test_an_old_carry_can_be_used_again(estimator: Estimator) -> None:
-    model, recording = made("lstm")
+    model, recording = made(estimator, "lstm")
     _, carry = run(estimator, model, recording, 0, 12)
     steps = estimator.next_steps(carry)
     first, _ = estimator.estimate(model, squared, carry, cut(recording, 12, steps))
@@ -138,7 +140,7 @@ def test_an_old_carry_can_be_used_again(estimator: Estimator) -> None:
 
 @every
 def test_a_window_without_targets_teaches_nothing(estimator: Estimator) -> None:
-    model, recording = made("lstm")
+    model, recording = made(estimator, "lstm")
     recording.mask[:] = False
     estimates, _ = run(estimator, model, recording)
     for estimate in estimates:
@@ -151,7 +153,7 @@ def test_a_window_without_targets_teaches_nothing(estimator: Estimator) -> None:
 
 @every
 def test_other_lanes_are_refused(estimator: Estimator) -> None:
-    model, recording = made("lstm")
+    model, recording = made(estimator, "lstm")
     carry = estimator.init(model, B + 1)
     with pytest.raises(ShapeError, match=f"a window of {B + 1} lanes was expected"):
         estimator.estimate(model, squared, carry, cut(recording, 0, estimator.next_steps(carry)))
@@ -169,6 +171,7 @@ def test_a_run_in_two_pieces_is_a_run_in_one(estimator: Estimator, tmp_path: Any
         torch.manual_seed(1)
         model = nn.GRU(3, 3)
         stream = tbptt.ArrayStream(torch.randn(400, 3), torch.randn(400, 3), lanes=2)
+        estimator.prepare(model, torch.zeros(2, 2, 3))
         adam = torch.optim.Adam(model.parameters(), lr=1e-3)
         return tbptt.Trainer(model, nn.MSELoss(), adam, estimator, stream, directory=directory, checked=False)
 

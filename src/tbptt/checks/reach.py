@@ -57,11 +57,12 @@ class Reach:
 
 def reach(trial: Trial, estimator: Estimator, *, takes_steps: bool) -> CheckItem:
     """Measure how far the gradients of `estimator` go with the model of a trial."""
+    estimator.prepare(trial.model, trial.window.inputs)
     estimator = estimator.fixed(estimator.init(trial.model, 1))
     steps = estimator.next_steps(estimator.init(trial.model, 1))
     asked, _ = _asked(estimator, steps)
     if not asked:
-        return CheckItem("reach", "note", "not measured: the estimator moves all weights at random")
+        return CheckItem("reach", "note", "not measured: this estimator's gradient does not show it")
     longest = max(asked)
     if not takes_steps:
         return CheckItem("reach", "note", "not measured: the model takes no single steps")
@@ -126,6 +127,8 @@ def measure_reach(
 
     Cost: about N / k1 + len(positions) estimates, N = k1 + the longest reach asked for, rounded up.
     """
+    model = copy.deepcopy(model)
+    estimator.prepare(model, inputs)
     steps = estimator.next_steps(estimator.init(model, tensors(inputs)[0].shape[1]))
     asked, before = _asked(estimator, steps)
     chosen = range(steps) if positions is None else positions
@@ -137,6 +140,7 @@ def measure_reach(
         probe = _Probe(model, len(firsts))
         loss = _Projection()
         whole = Window((_repeated(inputs, before + steps), group_of.expand(tensors(inputs)[0].shape[1], -1).T))
+        estimator.prepare(probe, whole[:steps].inputs)
         carry: Carry = estimator.init(probe, whole.lanes)
         for begin in range(0, before, steps):
             _, carry = estimator.estimate(probe, loss, carry, whole[begin : begin + steps])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from tbptt.cli.config import Config, Schedule
 from tbptt.cli.data import Opened, open_source
 from tbptt.cli.rundir import Facts, Record
 from tbptt.errors import ConfigError
-from tbptt.estimators import Estimator
+from tbptt.estimators import Estimator, SyntheticGradients
 from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Length
 from tbptt.metrics import Metric, metric
@@ -59,7 +61,7 @@ def build(config: Config, record: Record | None = None) -> Parts:
     estimator = config.build_estimator()
     seed_everything(config.run.seed)
     model = build_model(config, data.facts)
-    optimizer = config.optimizer.kind(model.parameters(), **config.optimizer.arguments())
+    optimizer = config.optimizer.kind(_groups(config, estimator, model), **config.optimizer.arguments())
     steps = estimator.next_steps(estimator.init(model, data.train.lanes))
     _refuse_unknown_end(config, estimator)
     updates = _num_updates(config, data, steps)
@@ -79,9 +81,9 @@ def build(config: Config, record: Record | None = None) -> Parts:
 
 
 def build_model(config: Config, facts: Facts) -> SequenceModel:
-    """Return the model of a run, its weights fresh."""
+    """Return the model of a run, its weights fresh, with what its estimator needs in it."""
     settings = config.model
-    return SequenceModel(
+    model = SequenceModel(
         facts.inputs,
         facts.outputs,
         hidden=settings.hidden,
@@ -91,6 +93,9 @@ def build_model(config: Config, facts: Facts) -> SequenceModel:
         dropout=settings.dropout,
         tie_weights=settings.tie_weights,
     )
+    example = torch.zeros(1, 1, dtype=torch.int64) if facts.symbols else torch.zeros(1, 1, facts.inputs)
+    config.build_estimator().prepare(model, example)
+    return model
 
 
 def build_loss(facts: Facts) -> nn.Module:
@@ -109,6 +114,20 @@ def use_threads(config: Config) -> Config:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     return config.changed("run", threads=torch.get_num_threads())
+
+
+def _groups(config: Config, estimator: Estimator, model: nn.Module) -> Iterable[Any]:
+    """Return what the optimizer moves, in groups where they have rates of their own."""
+    rate = config.optimizer.predictor_lr
+    if rate is None:
+        return model.parameters()
+    if not isinstance(estimator, SyntheticGradients):
+        raise ConfigError(
+            f"an estimator with a predictor was expected, as optimizer.predictor_lr is set, but it is {estimator}: "
+            "the setting would have no effect",
+            fix="leave optimizer.predictor_lr out; or --set estimator.name=SyntheticGradients",
+        )
+    return estimator.parameter_groups(model, lr=config.optimizer.lr, predictor_lr=rate)
 
 
 def _refuse_unknown_end(config: Config, estimator: Estimator) -> None:

@@ -86,8 +86,14 @@ def compare(
         repeats=repeats,
         seed=subject.config.run.seed,
     )
-    found = replace(found, notes=(*found.notes, _about_weights(subject, source)))
+    found = replace(found, notes=(*found.notes, *_about_rates(subject), _about_weights(subject, source)))
     _show(found, out, as_json=as_json)
+
+
+def _about_rates(subject: Subject) -> list[str]:
+    if subject.config.optimizer.predictor_lr is None:
+        return []
+    return ["in training all weights have one rate, optimizer.lr: optimizer.predictor_lr is for tbptt train"]
 
 
 def _about_weights(subject: Subject, source: str) -> str:

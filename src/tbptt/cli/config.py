@@ -108,7 +108,10 @@ class Model(_Section):
 
 
 class Optimizer(_Section):
-    """One of torch's; what is left out has torch's own default."""
+    """One of torch's; what is left out has torch's own default.
+
+    `predictor_lr` is the rate of the predictor of `SyntheticGradients`; left out: `lr`.
+    """
 
     name: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
     lr: Positive
@@ -117,6 +120,7 @@ class Optimizer(_Section):
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     eps: Positive | None = None
     alpha: NotNegative | None = None
+    predictor_lr: Positive | None = None
 
     @property
     def kind(self) -> Callable[..., torch.optim.Optimizer]:
@@ -130,7 +134,8 @@ class Optimizer(_Section):
 
     def arguments(self) -> dict[str, Any]:
         """Return what was set, for the class."""
-        return {name: value for name, value in self.model_dump(exclude={"name"}).items() if value is not None}
+        given = self.model_dump(exclude={"name", "predictor_lr"})
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Schedule(_Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import nn
 
 from tbptt.comparison.excerpt import Excerpt
 from tbptt.comparison.failures import Failures
+from tbptt.comparison.settings import prepared
 from tbptt.cost import held_for_backward, in_turn
 from tbptt.estimators.base import Carry, Estimator
 from tbptt.loss import StepLoss
@@ -39,7 +39,8 @@ class _Side:
     """An estimator at work on the excerpt, round and round, its weights never updated."""
 
     def __init__(self, model: nn.Module, estimator: Estimator, loss: StepLoss, excerpt: Excerpt) -> None:
-        self.model, self.estimator, self.loss, self.excerpt = copy.deepcopy(model), estimator, loss, excerpt
+        self.model = prepared(model, estimator, excerpt.window[: excerpt.sizes.span].inputs)
+        self.estimator, self.loss, self.excerpt = estimator, loss, excerpt
         self.carry: Carry = estimator.init(self.model, excerpt.window.lanes)
         self.at = self.steps = 0
         self.kinds: set[tuple[int, int]] = set()

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from tbptt.comparison.failures import Failures
-from tbptt.comparison.settings import longest_length, longest_window
+from tbptt.comparison.settings import longest_length, longest_window, prepared
 from tbptt.errors import EndOfStream, StreamError
 from tbptt.estimators.base import Estimator
 from tbptt.streams.base import Stream
+from tbptt.tree import Tree
 from tbptt.window import Window
 
 __all__ = ["Excerpt", "Sizes", "plan", "read"]
@@ -74,6 +75,7 @@ def plan(
     estimators: Mapping[str, Estimator],
     model: nn.Module,
     lanes: int,
+    inputs: Tree,
     failures: Failures,
     *,
     points: int,
@@ -86,6 +88,9 @@ def plan(
     times the longest of them: then it is the longest. The burn-in is twice the longest look-back, and at least 256
     steps, in whole spans. Neither is longer than 1024 steps unless asked for.
 
+    Args:
+        inputs: an example, leaves (T, B, ...).
+
     Raises:
         Exception: what the first estimator raised, if all of them do.
     """
@@ -93,7 +98,7 @@ def plan(
     reached = 0
     for name, each in estimators.items():
         with failures.kept(name):
-            steps = each.next_steps(each.init(model, lanes))
+            steps = each.next_steps(each.init(prepared(model, each, inputs), lanes))
             reached = max([reached, *(each.reach(min(steps, _LONGEST)) or ())])
             windows.append(min(_LONGEST, longest_window(each, steps)))
             changing = longest_length(each)

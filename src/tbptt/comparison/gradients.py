@@ -19,6 +19,7 @@ from tbptt.comparison.excerpt import Excerpt
 from tbptt.comparison.settings import reseeded
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimator
+from tbptt.estimators.predictor import PREFIX
 from tbptt.estimators.segments import Segment, own, pull_back
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
@@ -73,7 +74,7 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
         excerpt, of `longest` steps and two spans where that is given.
     """
     window, sizes = excerpt.window, excerpt.sizes
-    parameters = trainable_parameters(model)
+    parameters = compared_parameters(model)
     dims = find_lane_dims(model, window[: sizes.span].inputs)
     state, chain = None, list[Segment]()
     found: dict[int, Tensor] = {}
@@ -102,6 +103,11 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
             fix="more points, or a longer span",
         )
     return Reference(torch.stack(list(found.values())), tuple(found), reach)
+
+
+def compared_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that the losses depend on, by name: all that are trained, but for a predictor's."""
+    return {name: value for name, value in trainable_parameters(model).items() if not name.startswith(PREFIX)}
 
 
 def draw(
@@ -139,7 +145,7 @@ def draw(
 def _one_draw(
     model: nn.Module, estimator: Estimator, loss: StepLoss, excerpt: Excerpt, reference: Reference
 ) -> tuple[Tensor, float]:
-    parameters = trainable_parameters(model)
+    parameters = compared_parameters(model)
     carry = estimator.init(model, excerpt.window.lanes)
     spans = excerpt.spans
     found: list[Tensor] = []

@@ -10,7 +10,9 @@ from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivate
 from tbptt.comparison.excerpt import Sizes
 from tbptt.comparison.gradients import Reference
 from tbptt.comparison.settings import longest_length
+from tbptt.estimators import SyntheticGradients
 from tbptt.estimators.base import Estimator
+from tbptt.estimators.predictor import attached
 
 __all__ = ["notes_on"]
 
@@ -40,5 +42,11 @@ def notes_on(
         notes.append(
             f"the lengths of {', '.join(changing)} change: gradients are those of the lengths of the moment, see the "
             "look-back; in training they go on changing"
+        )
+    fresh = [name for name, each in estimators.items() if isinstance(each, SyntheticGradients)]
+    if fresh and attached(model) is None:
+        notes.append(
+            f"the predictor of {', '.join(fresh)} is fresh, and predicts nothing: gradients are those of TBPTT with "
+            "the same k1 and k2; in training it learns"
         )
     return tuple(notes)

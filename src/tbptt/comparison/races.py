@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from tbptt.comparison.failures import Failures
 from tbptt.comparison.result import Curve
+from tbptt.comparison.settings import prepared
 from tbptt.errors import EndOfStream
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
@@ -25,7 +26,7 @@ from tbptt.metrics import Metric
 from tbptt.randomness import random_state, seed_everything, set_random_state
 from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
-from tbptt.tree import all_finite
+from tbptt.tree import Tree, all_finite
 from tbptt.window import Window
 
 __all__ = ["BuildOptimizer", "Race", "race"]
@@ -67,8 +68,10 @@ class Race:
 class Runner:
     """One estimator's training, in slices; between two of them nothing of it is in global places."""
 
-    def __init__(self, model: nn.Module, estimator: Estimator, loss: StepLoss, stream: Stream, setting: Race) -> None:
-        self.model, self.estimator, self.loss = copy.deepcopy(model), estimator, loss
+    def __init__(
+        self, model: nn.Module, estimator: Estimator, loss: StepLoss, stream: Stream, setting: Race, inputs: Tree
+    ) -> None:
+        self.model, self.estimator, self.loss = prepared(model, estimator, inputs), estimator, loss
         self.stream, self.setting = stream, setting
         self.optimizer = setting.optimizer(self.model.parameters())
         self.guards = [copy.deepcopy(guard) for guard in check_guards(setting.guards, estimator)]
@@ -183,6 +186,7 @@ def race(
     loss: StepLoss,
     stream: Stream,
     setting: Race,
+    inputs: Tree,
     seed: int,
     failures: Failures,
 ) -> dict[str, Curve]:
@@ -190,6 +194,9 @@ def race(
 
     All begin with the weights of the model, the random generators seeded with `seed` and the stream where it is; a pass
     that ends is followed by the next. One that fails ends there, and is said so in `failures`.
+
+    Args:
+        inputs: an example, leaves (T, B, ...).
 
     Returns:
         The curves; empty for one that could not begin.
@@ -200,7 +207,7 @@ def race(
         with failures.kept(name):
             stream.load_state_dict(place)
             seed_everything(seed)
-            runners[name] = Runner(model, estimator, loss, stream, setting)
+            runners[name] = Runner(model, estimator, loss, stream, setting, inputs)
     waiting = list(runners)
     slice_s = _SLICE_S if setting.seconds is None else min(_SLICE_S, setting.seconds / 8)
     while waiting:

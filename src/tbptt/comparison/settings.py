@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+from torch import nn
+
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimator
 from tbptt.length import Length
+from tbptt.tree import Tree
 
-__all__ = ["longest_length", "longest_window", "named", "reseeded", "spell"]
+__all__ = ["longest_length", "longest_window", "named", "prepared", "reseeded", "spell"]
 
 _Settings = TypeVar("_Settings")
 
@@ -84,6 +88,17 @@ def reseeded(value: _Settings, by: int) -> _Settings:
         elif is_dataclass(setting):
             changed[each.name] = reseeded(setting, by)
     return replace(cast(Any, value), **changed)
+
+
+def prepared(model: nn.Module, estimator: Estimator, inputs: Tree) -> nn.Module:
+    """Return a copy of the model with what an estimator needs in it.
+
+    Args:
+        inputs: an example, leaves (T, B, ...).
+    """
+    model = copy.deepcopy(model)
+    estimator.prepare(model, inputs)
+    return model
 
 
 def longest_window(estimator: Estimator, first: int) -> int:

@@ -21,8 +21,8 @@ from tbptt.comparison.gradients import Draws, Reference, draw, full_gradients
 from tbptt.comparison.notes import notes_on
 from tbptt.comparison.races import BuildOptimizer, Race, race
 from tbptt.comparison.result import Comparison, Curve, Row
-from tbptt.comparison.settings import named
-from tbptt.errors import CapabilityError, ConfigError
+from tbptt.comparison.settings import named, prepared
+from tbptt.errors import CapabilityError, ConfigError, EndOfStream
 from tbptt.estimators.base import Estimator
 from tbptt.guards.base import Guard, check_guards
 from tbptt.loss import Loss, StepLoss
@@ -31,8 +31,12 @@ from tbptt.model import check_trainable
 from tbptt.randomness import random_state, set_random_state
 from tbptt.streams.arrays import check_whole
 from tbptt.streams.base import Stream
+from tbptt.window import Window
 
 __all__ = ["compare"]
+
+_EXAMPLE = 24
+"""Steps; only for what an estimator adds to the model, which most take one at a time."""
 
 
 def compare(
@@ -118,7 +122,9 @@ def compare(
     check_trainable(model)
     step_loss, failures = StepLoss.of(loss), Failures()
     with _left_alone(stream, held_out):
-        sizes = plan(chosen, model, stream.lanes, failures, points=points, span=span, burn_in=burn_in)
+        with _left_alone(stream, held_out):
+            inputs = _example(stream).to(next(model.parameters()).device).inputs
+        sizes = plan(chosen, model, stream.lanes, inputs, failures, points=points, span=span, burn_in=burn_in)
         with _left_alone(stream, held_out):
             excerpt = read(stream, sizes, next(model.parameters()).device)
         check(model, excerpt.window).raise_if_failed()
@@ -126,7 +132,7 @@ def compare(
         spent = costs(model, failures.sound(chosen), step_loss, excerpt, seed, failures)
         curves: dict[str, Curve] = {}
         if setting is not None:
-            runs = race(model, failures.sound(chosen), step_loss, stream, setting, seed, failures)
+            runs = race(model, failures.sound(chosen), step_loss, stream, setting, inputs, seed, failures)
             curves = {name: runs.get(name, Curve()) for name in chosen}
     worth = {name: figures(each.errors, reference.gradients) for name, each in drawn.items() if each.finite}
     rows = tuple(
@@ -154,7 +160,8 @@ def _gradients(
         reference = full_gradients(still, loss, excerpt, longest)
         for name, estimator in failures.sound(estimators).items():
             with failures.kept(name):
-                drawn[name] = draw(still, estimator, loss, excerpt, reference, repeats=repeats, seed=seed)
+                its_own = prepared(still, estimator, excerpt.window[: excerpt.sizes.span].inputs)
+                drawn[name] = draw(its_own, estimator, loss, excerpt, reference, repeats=repeats, seed=seed)
                 if not drawn[name].finite:
                     failures.add(name, "its gradient at the points compared is not finite")
     failures.raise_if_all(estimators)
@@ -183,6 +190,15 @@ def _row(
         failed=failures.reasons.get(name, ""),
         **measured,
     )
+
+
+def _example(stream: Stream) -> Window:
+    """Return a few steps for a model to be run on; afterwards the stream is elsewhere."""
+    try:
+        return stream.read(_EXAMPLE)
+    except EndOfStream:
+        stream.rewind()
+        return stream.read(_EXAMPLE)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from tbptt.estimators.es_single import ESSingle
 from tbptt.estimators.full_bptt import FullBPTT
 from tbptt.estimators.mixture import Mixture
 from tbptt.estimators.pes import PES
+from tbptt.estimators.synthetic_gradients import SyntheticGradients
 from tbptt.estimators.tbptt import TBPTT
 from tbptt.estimators.telescope import Telescope
 from tbptt.estimators.truncated_es import TruncatedES
@@ -24,6 +25,7 @@ __all__ = [
     "Estimator",
     "FullBPTT",
     "Mixture",
+    "SyntheticGradients",
     "Telescope",
     "TruncatedES",
 ]

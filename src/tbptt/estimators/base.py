@@ -118,6 +118,17 @@ class Estimator(ABC):
     def examples(cls) -> Sequence[Estimator]:
         """Return a few settings with short windows that take every branch between them, for tests to try."""
 
+    def prepare(self, model: nn.Module, inputs: Tree) -> None:
+        """Add to the model what this estimator needs in it, before an optimizer is made; most need nothing.
+
+        What is there already stays as it is, and so do the model's outputs and other parameters.
+
+        Args:
+            model: the model.
+            inputs: an example, leaves (T, B, ...).
+        """
+        del model, inputs  # nothing to add, unless an estimator says otherwise
+
     @abstractmethod
     def next_steps(self, carry: Any) -> int:
         """Return how many steps the next window should have."""
@@ -153,5 +164,5 @@ class Estimator(ABC):
 
         Zero for a loss that is not injected. Holds once the stream is older than the look-back, and until the next
         reset; `tbptt.check` measures it. None: back to the start of the sequence. Empty: it cannot be seen in the
-        gradient, as where weights are perturbed at random.
+        gradient, as where weights are perturbed at random, or other things than losses are sent back.
         """
