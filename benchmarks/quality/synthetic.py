@@ -8,10 +8,10 @@ recall  `DelayedRecall`, where twenty symbols have to be held at once. Rate 5e-3
 
 The predictor's rate is 3e-2. A net begins with 1 added to the bias of its update gate, so that its state keeps
 something for ten steps; "forgetful" without. Sides: truncation after 10 and after 30 steps, and synthetic gradients
-without traces (lambda = 0), with them (lambda = 1), and with 32 hidden units. Guessing has a loss of ln 4 = 1.386 in the
-first and the last; in the second one that knows all but the letters has 0.111. Measured are the training loss and,
-every 500 updates, the cosine of what is predicted to the true gradient of the next 40 steps' losses, over eleven
-windows.
+without traces (lambda = 0), with them (lambda = 1), and with 32 hidden units. Guessing has a loss of ln 4 = 1.386 in
+the first and the last; in the second one that knows all but the letters has 0.111. Measured are the training loss
+and, every 500 updates, the cosine of what is predicted to the true gradient of the next 40 steps' losses, over
+eleven windows.
 
     python benchmarks/quality/synthetic.py [--seeds 3] [--processes 2]
 """
@@ -56,18 +56,18 @@ TASKS = {
     "whole": Task(lambda seed: CopyTask(LANES, 5, delay=15, letters=2, steps=10**7, seed=seed), 2e-3),
     "recall": Task(lambda seed: DelayedRecall(20, LANES, symbols=4, steps=10**7, seed=seed), 5e-3),
 }
-SHORT, LONG, WITHOUT = tbptt.TBPTT(K1, K1), tbptt.TBPTT(K1, 3 * K1), tbptt.SyntheticGradients(K1, lambda_=0.0)
+SHORT, LONG, WITHOUT = tbptt.TBPTT(K1, K1), tbptt.TBPTT(K1, 3 * K1), tbptt.SyntheticGradients(K1)
 SIDES: list[tuple[str, str, tbptt.Estimator, int]] = [
     ("letter", "TBPTT(10, 10)", SHORT, 10_000),
     ("letter", "TBPTT(10, 30)", LONG, 10_000),
     ("letter", "lambda = 0", WITHOUT, 10_000),
-    ("letter", "lambda = 1", tbptt.SyntheticGradients(K1), 10_000),
-    ("letter", "lambda = 0, 32 units", tbptt.SyntheticGradients(K1, 32, lambda_=0.0), 10_000),
+    ("letter", "lambda = 1", tbptt.SyntheticGradients(K1, lambda_=1.0), 10_000),
+    ("letter", "lambda = 0, 32 units", tbptt.SyntheticGradients(K1, 32), 10_000),
     ("letter", "lambda = 0, forgetful", WITHOUT, 10_000),
     ("whole", "TBPTT(10, 10)", SHORT, 6000),
     ("whole", "TBPTT(10, 30)", LONG, 6000),
     ("whole", "lambda = 0", WITHOUT, 6000),
-    ("whole", "lambda = 0, gamma = 0.95", tbptt.SyntheticGradients(K1, lambda_=0.0, gamma=0.95), 6000),
+    ("whole", "lambda = 0, gamma = 0.95", tbptt.SyntheticGradients(K1, gamma=0.95), 6000),
     ("recall", "TBPTT(10, 30)", LONG, 4000),
     ("recall", "lambda = 0", WITHOUT, 4000),
 ]

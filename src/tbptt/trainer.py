@@ -34,7 +34,7 @@ from tbptt.monitors.timing import TimingFile
 from tbptt.randomness import random_state, seed_everything, set_random_state
 from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
-from tbptt.tree import all_finite, to
+from tbptt.tree import to
 from tbptt.window import Window
 
 __all__ = ["HeldOut", "Saving", "Summary", "Trainer"]
@@ -275,7 +275,7 @@ class Trainer:
             if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()
         # A refused window that broke the state counts as never seen, but for the sequences that it begins.
-        carried_on = estimate is not None or (verdict is None and all_finite(carry.state))
+        carried_on = estimate is not None or (verdict is None and carry.finite)
         self.updates += 1
         self.snapshots.note(window, carried_on=carried_on)
         if isinstance(verdict, RollBack):

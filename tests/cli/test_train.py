@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import tbptt
@@ -223,3 +224,32 @@ def test_a_schedule_without_a_known_end_is_refused(program: Program, text: Path,
     assert refused.code != 0
     assert "not all alike" in refused.err
     assert program("train", text, *small, *decaying, "--updates", "3").code == 0  # the control: with a known end
+
+
+SYNTHETIC = ("--set", "estimator.name=SyntheticGradients", "--k1", "8")
+
+
+def test_a_predictor_is_in_the_run_with_a_rate_of_its_own(program: Program, text: Path) -> None:
+    """Trained, resumed bit for bit, evaluated, and compared with its weights."""
+    small = ("--lanes", "2", "--hidden", "6", "--threads", "1", *SYNTHETIC, "--set", "optimizer.predictor_lr=0.05")
+    whole, parts = (program("train", text, *small, "--updates", number).run for number in ("6", "3"))
+    assert program("resume", parts, "--updates", "6").code == 0
+    last = "checkpoints/update-0000000006/model.safetensors"
+    assert (whole / last).read_bytes() == (parts / last).read_bytes()
+    weights = safetensors.torch.load_file(whole / last)
+    assert weights["synthetic_gradients.net.weight"].any()
+    state = json.loads((whole / "checkpoints/update-0000000006/state.json").read_text())["state"]
+    rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+    assert rates[1] / rates[0] == pytest.approx(0.05 / 0.004)  # after the schedule
+    assert program("evaluate", whole).code == 0
+    ended = program("compare", whole, "-e", "TBPTT(8, 8)", "-e", "SyntheticGradients(8)", "--updates", "2", "--json")
+    found = json.loads(ended.out)
+    assert [row["failed"] for row in found["rows"]] == ["", ""]
+    assert any("optimizer.predictor_lr is for tbptt train" in note for note in found["notes"])
+
+
+def test_a_rate_for_a_predictor_that_there_is_not_is_refused(train: Program) -> None:
+    ended = train("--set", "optimizer.predictor_lr=0.05")
+    assert ended.code == 2
+    assert "an estimator with a predictor was expected" in ended.err
+    assert "hint: leave optimizer.predictor_lr out" in ended.err

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tbptt
-from tbptt import TBPTT, ArrayStream, Choice
+from tbptt import TBPTT, ArrayStream, Choice, Estimator, SyntheticGradients
 from tbptt.comparison import Comparison, compare
 from tbptt.models import InfluenceBalancingModel
 from tbptt.streams import InfluenceBalancing
@@ -112,7 +112,7 @@ def look_backs(begin: int, end: int, k1: int, k2: int) -> list[tuple[int, int, i
     return [(max(0, last - k2) if k2 > k1 else first, first, last) for first, last in pairwise(cuts)]
 
 
-def measured(data: Data, *estimators: TBPTT, **settings: Any) -> Comparison:
+def measured(data: Data, *estimators: Estimator, **settings: Any) -> Comparison:
     sizes: dict[str, Any] = {"points": POINTS, "span": SPAN, "burn_in": BURN_IN}
     return compare(list(estimators), data.model, data.stream(), loss=nn.MSELoss(), **(sizes | settings))
 
@@ -248,3 +248,23 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
     wanted = measured(data, TBPTT(4, 4))
     assert found.rows[0].relative_bias == pytest.approx(wanted.rows[0].relative_bias, rel=1e-6)
     assert found.rows[1].relative_bias < 1e-10
+
+
+def test_a_fresh_predictor_is_truncation_and_a_trained_one_is_not_compared_itself() -> None:
+    """Only the model's own weights count, whether it came with a predictor or not; and it stays as it came."""
+    data, estimator = Data(), SyntheticGradients(4)
+    names = list(data.model.state_dict())
+    found = {}
+    for attached in (False, True):
+        if attached:
+            estimator.attach(data.model, data.inputs[:2])
+            with torch.no_grad():
+                for value in data.model.get_submodule("synthetic_gradients").parameters():
+                    value.normal_(std=0.3)
+        rows = measured(data, TBPTT(4, 4), estimator).rows
+        assert list(data.model.state_dict())[: len(names)] == names
+        assert [row.failed for row in rows] == ["", ""]
+        found[attached] = [row.relative_bias for row in rows]
+    assert found[False][0] == found[True][0]
+    assert found[False][1] == pytest.approx(found[False][0], rel=1e-9)
+    assert abs(found[True][1] - found[True][0]) > 1e-3

@@ -17,11 +17,12 @@ from systems import SYSTEMS, B, D, H, record, relative, squared
 from torch import Tensor, nn
 
 import tbptt
-from tbptt import PES, ESSingle, Estimate, TruncatedES, Window
+from tbptt import PES, ArrayStream, ESSingle, Estimate, Monitor, NonFinite, Trainer, TruncatedES, Window
 from tbptt.codec import decode, encode
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators import particles, perturbation
 from tbptt.estimators.perturbation import ParticleCarry, Perturbation, draw_noise
+from tbptt.monitors import Update
 
 methods = pytest.mark.parametrize("method", METHODS)
 ways = pytest.mark.parametrize("vectorize", [True, False], ids=["side by side", "one by one"])
@@ -362,3 +363,38 @@ def test_windows_and_weights_that_do_not_fit(method: type[Perturbation]) -> None
         estimator.estimate(model, squared, carry, Window(torch.zeros(4, B + 1, D), torch.zeros(4, B + 1, H)))
     with pytest.raises(ConfigError, match="sigma that can be added to a weight"):
         method(4, 2, 1e-9).init(model, B)
+
+
+class Brittle(nn.Module):
+    """h' = h + exp(w x), shown as h / (1 + h): where exp overflows the output is no number, and neither is the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1).double())
+
+    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = torch.ones(inputs.shape[1], 1).double() if state is None else state
+        shown = []
+        for step in inputs:
+            state = 0.5 * state + torch.exp(self.weight * step)
+            shown.append(state / (1 + state))
+        return torch.stack(shown), state
+
+
+@pytest.mark.parametrize("estimator", [PES(4, 4, 0.1), ESSingle(4, 4, 0.1)], ids=str)
+def test_a_particle_that_is_lost_is_not_carried_on(estimator: Perturbation) -> None:
+    """The model's own state is sound: it is the particles' that says to go back behind a refused update."""
+    inputs = torch.zeros(40, 1).double()
+    inputs[9] = 700.0  # exp(700) can be held, exp(1.02 * 700) cannot
+    model = Brittle()
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-9)
+    refused: list[bool] = []
+
+    class Seen(Monitor):
+        def update(self, update: Update) -> None:
+            refused.append(update.refused)
+
+    stream = ArrayStream(inputs, torch.zeros(40, 1).double(), lanes=1)
+    guards = [NonFinite("skip")]
+    Trainer(model, nn.MSELoss(), sgd, estimator, stream, guards=guards, monitors=[Seen()], checked=False).run(passes=1)
+    assert refused == [False, False, True, *[False] * 7]

@@ -231,7 +231,7 @@ def test_with_a_perfect_predictor_the_windows_add_up_to_the_full_gradient(name: 
 def test_the_closed_form_as_a_predictor_gives_the_full_gradient() -> None:
     """g(h) = P_n h, with P_n the sum of (A^j)' Q A^j over the n steps to come, is set by hand for each window."""
     matrix, steps = rotation(), 15
-    model, estimator = Linear(matrix, starts()), SyntheticGradients(5)
+    model, estimator = Linear(matrix, starts()), SyntheticGradients(5, lambda_=1.0)
     inputs = torch.zeros(steps, 6, 4).double()
     estimator.attach(model, inputs)
     net = predictor_of(model).net
@@ -262,7 +262,7 @@ def test_the_closed_form_as_a_predictor_gives_the_full_gradient() -> None:
 
 @systems
 def test_before_anything_is_learned_it_is_plain_truncation(name: str) -> None:
-    estimator = SyntheticGradients(4)
+    estimator = SyntheticGradients(4, lambda_=1.0)
     system, recording = made(name, 26, estimator)
     model, given = system.model, windows(recording, 4)
     plain, carry = [], TBPTT(4, 4).init(model, B)
@@ -462,7 +462,7 @@ def test_each_lane_is_by_itself() -> None:
 
 
 def test_a_lane_that_starts_anew_takes_no_trace_along() -> None:
-    estimator = SyntheticGradients(4)
+    estimator = SyntheticGradients(4, lambda_=1.0)
     system, recording = made("gru", 26, estimator, scale=0.3)
     recording.reset[:] = False
     recording.reset[9, 0] = True

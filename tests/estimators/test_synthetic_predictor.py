@@ -45,7 +45,7 @@ def test_what_is_attached_changes_nothing_else() -> None:
 
 
 def test_it_is_saved_loaded_and_moved_with_the_model() -> None:
-    estimator = SyntheticGradients(4)
+    estimator = SyntheticGradients(4, lambda_=1.0)
     system, recording = made("lstm", 26, estimator, scale=0.3)
     fresh = SYSTEMS["lstm"]().model
     estimator.prepare(fresh, recording.inputs)
@@ -72,7 +72,7 @@ def test_two_groups_hold_each_parameter_once() -> None:
 
 
 def test_frozen_parts_of_the_predictor_stay() -> None:
-    estimator = SyntheticGradients(4, 5)
+    estimator = SyntheticGradients(4, 5, lambda_=1.0)
     system, recording = made("gru", 26, estimator, scale=0.3)
     given, predictor = windows(recording, 4), predictor_of(system.model)
     free = ran(estimator, system.model, given)
@@ -121,7 +121,7 @@ def test_a_complex_number_is_two_real_ones_and_a_count_is_none(gamma: float) -> 
     torch.manual_seed(1)
     inputs, targets, reset = torch.randn(20, B, 4).double(), torch.randn(20, B, 4).double(), torch.rand(20, B) < 0.1
     given = [Window(inputs[at : at + 4], targets[at : at + 4], reset=reset[at : at + 4]) for at in range(0, 20, 4)]
-    estimator, found = SyntheticGradients(4, gamma=gamma), []
+    estimator, found = SyntheticGradients(4, lambda_=1.0, gamma=gamma), []
     for real in (True, False):
         model = Spiral(real=real)
         estimator.attach(model, inputs)
@@ -193,7 +193,7 @@ def test_a_saved_carry_goes_on_bit_for_bit(estimator: SyntheticGradients) -> Non
 
 
 def test_an_old_carry_can_be_used_again() -> None:
-    estimator = SyntheticGradients(4)
+    estimator = SyntheticGradients(4, lambda_=1.0)
     system, recording = made("lstm", 26, estimator, scale=0.3)
     given, carry = windows(recording, 4), estimator.init(system.model, B)
     for window in given[:3]:
@@ -208,7 +208,7 @@ def test_an_old_carry_can_be_used_again() -> None:
 
 
 def test_outputs_are_kept_when_asked_for() -> None:
-    estimator = SyntheticGradients(4, keep_outputs=True)
+    estimator = SyntheticGradients(4, lambda_=1.0, keep_outputs=True)
     system, recording = made("gru", 26, estimator, scale=0.3)
     recording.reset[:] = False
     kept = torch.cat([each.outputs for each in ran(estimator, system.model, windows(recording, 4))])
@@ -372,16 +372,16 @@ def test_traces_that_are_too_large() -> None:
     model = nn.GRU(1, 128)
     SyntheticGradients(4).attach(model, torch.zeros(2, B, 1))
     lanes = MOST_TRACED // (128 * 128 * 129)
-    assert SyntheticGradients(4).init(model, lanes).chain.lanes == lanes
+    assert SyntheticGradients(4, lambda_=1.0).init(model, lanes).chain.lanes == lanes
     assert SyntheticGradients(4, lambda_=0.0).init(model, lanes + 1).chain.lanes == lanes + 1
     with pytest.raises(CapabilityError) as caught:
-        SyntheticGradients(4).init(model, lanes + 1)
+        SyntheticGradients(4, lambda_=1.0).init(model, lanes + 1)
     refusal(caught, f"traces of at most {MOST_TRACED} numbers", f"{lanes + 1} lanes", fix="lambda_=0")
 
 
 def test_a_predictor_that_mixes_lanes_has_no_traces() -> None:
     model, module = nn.GRU(D, H), nn.Sequential(nn.BatchNorm1d(H), nn.Linear(H, H))
-    estimator = SyntheticGradients(4, "own")
+    estimator = SyntheticGradients(4, "own", lambda_=1.0)
     estimator.attach(model, torch.zeros(2, B, D), module)
     given = [Window(torch.randn(4, B, D), torch.randn(4, B, H)) for _ in range(2)]
     with pytest.raises(CapabilityError) as caught:
@@ -393,7 +393,7 @@ def test_a_predictor_that_mixes_lanes_has_no_traces() -> None:
 @pytest.mark.parametrize("kind", ["linear", 5, "own"])
 def test_traces_are_made_while_what_autograd_holds_is_measured(kind: Any) -> None:
     """As `tbptt.compare` does it."""
-    estimator = SyntheticGradients(4, kind)
+    estimator = SyntheticGradients(4, kind, lambda_=1.0)
     system, recording = made("gru", 26, estimator, scale=0.3)
     given, sizes = windows(recording, 4), []
 
@@ -410,7 +410,7 @@ def test_traces_are_made_while_what_autograd_holds_is_measured(kind: Any) -> Non
 
 
 def test_weights_that_are_frozen_in_between() -> None:
-    model, estimator = nn.GRU(D, H), SyntheticGradients(4)
+    model, estimator = nn.GRU(D, H), SyntheticGradients(4, lambda_=1.0)
     estimator.attach(model, torch.zeros(2, B, D))
     carry = estimator.init(model, B)
     given = Window(torch.randn(4, B, D), torch.randn(4, B, H))
@@ -423,7 +423,7 @@ def test_weights_that_are_frozen_in_between() -> None:
 
 
 def test_windows_of_another_size() -> None:
-    model, estimator = nn.GRU(D, H), SyntheticGradients(4)
+    model, estimator = nn.GRU(D, H), SyntheticGradients(4, lambda_=1.0)
     estimator.attach(model, torch.zeros(2, B, D))
     for size in ((5, B), (4, B + 1)):
         with pytest.raises(ShapeError) as caught:

@@ -192,8 +192,11 @@ def test_the_mean_length_is_the_one_that_was_asked_for(alpha: float | str, block
         if survival < 1e-14:
             break
     assert mean == pytest.approx(16, rel=1e-6)
-    lengths = np.array([estimator.length(number) for number in range(4000)])
+    lengths = np.array([estimator.length(number) for number in range(40_000)])
     assert abs(lengths.mean() - 16) < 4 * lengths.std() / len(lengths) ** 0.5
+    for blocks in (1, 2):  # of the stretches that are so long, the share that is cut there
+        there = lengths[lengths >= blocks * block] == blocks * block
+        assert abs(there.mean() - estimator.rate(blocks)) < 4 * there.std() / len(there) ** 0.5
     assert not (lengths % block).any()
 
 

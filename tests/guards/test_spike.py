@@ -113,6 +113,18 @@ def test_what_is_no_number_is_a_spike_at_once_and_never_remembered(bad: float) -
         assert isinstance(guard(estimate_of(1.0, bad)), RollBack)
 
 
+def test_a_spike_is_not_remembered() -> None:
+    guard = SpikeRollback()
+    for _ in range(30):
+        assert isinstance(guard(estimate_of(1.0, 1.0)), Estimate)
+    before = {name: guard.state_dict()[name] for name in ("losses", "norms")}
+    assert isinstance(guard(estimate_of(50.0, 1.0)), RollBack)
+    assert isinstance(guard(estimate_of(1.0, 50.0)), RollBack)
+    assert {name: guard.state_dict()[name] for name in before} == before
+    assert isinstance(guard(estimate_of(1.5, 1.0)), Estimate)
+    assert guard.state_dict()["losses"] != before["losses"]  # the control
+
+
 def test_values_at_the_end_of_float64_are_judged() -> None:
     huge = [1e300 * 10 ** (step % 8) for step in range(60)]
     assert spikes(SpikeRollback(norm_factor=None), huge, [1.0] * 60) == []

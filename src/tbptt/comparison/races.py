@@ -26,7 +26,7 @@ from tbptt.metrics import Metric
 from tbptt.randomness import random_state, seed_everything, set_random_state
 from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
-from tbptt.tree import Tree, all_finite
+from tbptt.tree import Tree
 from tbptt.window import Window
 
 __all__ = ["BuildOptimizer", "Race", "race"]
@@ -123,7 +123,7 @@ class Runner:
             estimate.apply(self.model)
             with scaled_rate(self.optimizer, estimate.rate_factor):
                 self.optimizer.step()
-        carried_on = estimate is not None or (verdict is None and all_finite(carry.state))
+        carried_on = estimate is not None or (verdict is None and carry.finite)
         self.updates += 1
         self.snapshots.note(window, carried_on=carried_on)
         if isinstance(verdict, RollBack):

@@ -89,6 +89,11 @@ class Carry(Protocol):
         """The model's state after the last window, detached; None before the first."""
         ...
 
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers to go on from are: where not, an update that was refused is best gone back behind."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return the carry as plain values and tensors, in dicts and lists."""
         ...

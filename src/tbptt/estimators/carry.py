@@ -17,7 +17,7 @@ from tbptt.estimators.retained import RetainedSegment
 from tbptt.length import LengthState
 from tbptt.model import find_lane_dims
 from tbptt.rereading import Rereading
-from tbptt.tree import LaneDims, Tree
+from tbptt.tree import LaneDims, Tree, all_finite
 from tbptt.window import Window
 
 __all__ = ["ChainCarry", "check_lanes_of", "check_saved_lanes", "check_steps_of"]
@@ -47,6 +47,11 @@ class ChainCarry:
     draws: int = 0
     running: tuple[float | None, ...] = ()
     looked: bool = field(default=False, repr=False)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's state is."""
+        return all_finite(self.state)
 
     def with_dims(self, model: nn.Module, window: Window) -> ChainCarry:
         """Return the carry with the lane dimensions of the model's state, looked for once."""

@@ -28,7 +28,7 @@ from tbptt.estimators.segments import Gradients, Pulled
 from tbptt.length.base import check_whole, is_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, trainable_parameters
-from tbptt.tree import Tree, detach
+from tbptt.tree import Tree, all_finite, detach
 from tbptt.window import Window
 
 __all__ = ["Course", "ParticleCarry", "Perturbation"]
@@ -145,6 +145,11 @@ class ParticleCarry:
     def state(self) -> Tree | None:
         """The state of the model with the weights as they are, detached; None before the first window."""
         return self.mean.state
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's state and the particles' are."""
+        return self.mean.finite and all_finite(self.particles)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the carry as plain values and tensors."""

@@ -31,7 +31,7 @@ from tbptt.estimators.segments import Gradients, Pulled, Segment, Step, walk_bac
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, named_parameters
-from tbptt.tree import Tree, detach
+from tbptt.tree import Tree, all_finite, detach
 from tbptt.window import Window
 
 __all__ = ["SyntheticCarry", "SyntheticGradients"]
@@ -56,6 +56,11 @@ class SyntheticCarry:
     def state(self) -> Tree | None:
         """The model's state after the last window, detached; None before the first."""
         return self.chain.state
+
+    @property
+    def finite(self) -> bool:
+        """Whether the state, the trace and what is owed are."""
+        return self.chain.finite and all_finite([self.trace, self.owed])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the carry as plain values and tensors."""
@@ -96,8 +101,8 @@ class SyntheticGradients(Estimator):
         k1: steps of a window, at least 1.
         predictor: "linear"; a number of hidden units, for one hidden layer; or "own", a module of yours, given to
             `attach`. The first two predict zero at first.
-        lambda_: from 0, learn from the next window alone, to 1, from all windows to come: without the error of g at
-            the next boundary, at the cost of traces.
+        lambda_: from 0, learn from the next window and what is predicted at its end, to 1, from all windows to come:
+            without the error of g at the next boundary, at the cost of traces.
         gamma: what a loss is worth less for each step that it lies ahead of a boundary; above 0, at most 1.
         keep_outputs: whether estimates hold the window's outputs.
 
@@ -135,7 +140,7 @@ class SyntheticGradients(Estimator):
 
     k1: int
     predictor: Spelled = "linear"
-    lambda_: float = 1.0
+    lambda_: float = 0.0
     gamma: float = 1.0
     keep_outputs: bool = False
 
@@ -144,7 +149,7 @@ class SyntheticGradients(Estimator):
     @classmethod
     def examples(cls) -> tuple[SyntheticGradients, ...]:
         """Return settings with and without traces, discount and hidden units; see `Estimator.examples`."""
-        return cls(4), cls(3, lambda_=0.0), cls(3, 5, lambda_=0.5, gamma=0.9), cls(2, gamma=0.9, lambda_=0.0)
+        return cls(4), cls(3, lambda_=1.0), cls(3, 5, lambda_=0.5, gamma=0.9), cls(2, gamma=0.9)
 
     def __post_init__(self) -> None:
         check_whole(self, "k1", "SyntheticGradients(k1=10)")

@@ -21,7 +21,6 @@ from tbptt.integrations.lightning.refusals import plateaus, refuse_optimizers, r
 from tbptt.length import scaled_rate
 from tbptt.loss import Loss
 from tbptt.streams.base import Stream
-from tbptt.tree import all_finite
 from tbptt.window import Window
 
 __all__ = ["TBPTTMixin"]
@@ -229,7 +228,7 @@ class TBPTTMixin(LightningModule):
             estimate.apply(self)
             with scaled_rate(optimizer.optimizer, own.rate_factor):
                 optimizer.step()
-        if estimate is not None or all_finite(carry.state):
+        if estimate is not None or carry.finite:
             course.carry = carry  # else: a refused window that broke the state counts as never seen
         return raw, estimate
 
