@@ -7,15 +7,22 @@ from tbptt.comparison import Comparison, compare
 from tbptt.errors import TbpttError
 from tbptt.estimators import (
     ARTBP,
+    KFRTRL,
     PES,
+    RFLO,
+    RTRL,
     TBPTT,
+    UORO,
     Carry,
     ClipBoundary,
+    ElementwiseRTRL,
+    EProp,
     ESSingle,
     Estimate,
     Estimator,
     FullBPTT,
     Mixture,
+    SnAp,
     SyntheticGradients,
     Telescope,
     TruncatedES,
@@ -27,6 +34,7 @@ from tbptt.loss import Loss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
 from tbptt.monitors import Alarms, LagCurves, MetricsFile, Monitor, Progress, StabilityFile, TensorBoard
+from tbptt.recurrence import Recurrence
 from tbptt.streams import ArrayStream, Stream, TextStream
 from tbptt.trainer import HeldOut, Saving, Summary, Trainer
 from tbptt.tree import Tree
@@ -36,8 +44,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ARTBP",
+    "KFRTRL",
     "PES",
+    "RFLO",
+    "RTRL",
     "TBPTT",
+    "UORO",
     "Adaptive",
     "AdaptiveClip",
     "Alarms",
@@ -49,7 +61,9 @@ __all__ = [
     "ClipNorm",
     "ClipValue",
     "Comparison",
+    "EProp",
     "ESSingle",
+    "ElementwiseRTRL",
     "Estimate",
     "Estimator",
     "FullBPTT",
@@ -65,8 +79,10 @@ __all__ = [
     "Progress",
     "Ramp",
     "RandomLength",
+    "Recurrence",
     "Saving",
     "SequenceModel",
+    "SnAp",
     "SpikeRollback",
     "StabilityFile",
     "Stateful",

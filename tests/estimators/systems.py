@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import tbptt
+from tbptt.errors import CapabilityError
 from tbptt.testing import Recording
 
 D, H, B = 2, 3, 2
@@ -66,6 +67,44 @@ class Leaking(nn.Module):
         for step in inputs:
             state = self.beta * state + self.weight * step[:, 0]
             outputs.append(state)
+        return torch.stack(outputs), state
+
+
+class Plain(nn.Module):
+    """One linear map a step, shown as it is: h' = tanh(W (x, h) + b)."""
+
+    def __init__(self, inputs: int = D, hidden: int = H) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.enter, self.again = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, inputs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        state = inputs.new_zeros(len(inputs), self.hidden) if state is None else state
+        state = torch.tanh(self.enter(inputs) + self.again(state))
+        return state, state
+
+
+class Forgetful(nn.Module):
+    """An element-wise recurrence with a gate, f c + (1 - f) z, and a head."""
+
+    def __init__(self, inputs: int = D, hidden: int = H) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(hidden, inputs))
+        self.own = nn.Parameter(torch.randn(hidden))
+        self.bias = nn.Parameter(torch.randn(hidden))
+        self.drive = nn.Parameter(torch.randn(hidden, inputs))
+        self.head = nn.Linear(hidden, hidden)
+
+    def recurrences(self) -> tuple[tbptt.Recurrence, ...]:
+        return (tbptt.Recurrence(0, ("gate", "own", "bias", "drive")),)
+
+    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = inputs.new_zeros(inputs.shape[1], len(self.bias)) if state is None else state
+        outputs = []
+        for step in inputs:
+            f = torch.sigmoid(step @ self.gate.T + self.own * state + self.bias)
+            state = f * state + (1 - f) * torch.tanh(step @ self.drive.T + 0.5 * self.own * state)
+            outputs.append(torch.tanh(self.head(state)))
         return torch.stack(outputs), state
 
 
@@ -127,6 +166,29 @@ def nested() -> System:
     return System(model, step, _zeros((B, 1, H), (B, 1, H), (B, H)))
 
 
+def plain() -> System:
+    cell = Plain().double()
+
+    def step(parameters: dict[str, Tensor], x: Tensor, state: Any) -> Any:
+        inner = {name.removeprefix("cell."): value for name, value in parameters.items()}
+        y, h = functional_call(cell, inner, (x, state[0]))
+        return y, (h,)
+
+    return System(tbptt.scan(cell), step, _zeros((B, H)))
+
+
+def forgetful() -> System:
+    model = Forgetful().double()
+
+    def step(parameters: dict[str, Tensor], x: Tensor, state: Any) -> Any:
+        y, c = functional_call(model, parameters, (x[None], state[0]))
+        return y[0], (c,)
+
+    return System(model, step, _zeros((B, H)))
+
+
+SIMPLE = {"plain": plain, "forgetful": forgetful}
+"""For methods that take models of one kind only."""
 SYSTEMS = {"lstm": lstm, "gru": gru, "leaky": leaky, "nested": nested}
 
 
@@ -147,3 +209,17 @@ def relative(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     assert found.keys() == wanted.keys()
     apart = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted) ** 0.5
     return apart / max(sum(float(value.square().sum()) for value in wanted.values()) ** 0.5, 1e-300)
+
+
+def takes(estimator: tbptt.Estimator, model: nn.Module, inputs: Tensor) -> bool:
+    """Whether an estimator takes a model: it says no by a CapabilityError in the first two windows at the latest."""
+    try:
+        estimator.prepare(model, inputs[:2])
+        carry = estimator.init(model, inputs.shape[1])
+        for _ in range(2):
+            steps = min(estimator.next_steps(carry), len(inputs))
+            window = tbptt.Window(inputs[:steps], torch.zeros(()).expand(steps, inputs.shape[1]))
+            _, carry = estimator.estimate(model, lambda outputs, _: outputs.sum(-1), carry, window)
+    except CapabilityError:
+        return False
+    return True

@@ -78,6 +78,8 @@ def check(
         if estimator is not None and all(item.passed for item in items):
             takes_steps = not isinstance(items[1].measured.get("steps"), str)
             items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))
+            if limits := estimator.limits(trial.model, trial.window.inputs):
+                items.append(CheckItem("exactness", "note", limits))
         return CheckReport(_name(model), trial.tried, tuple(items))
 
 

@@ -163,6 +163,18 @@ class Estimator(ABC):
         del carry  # nothing changes, unless an estimator says otherwise
         return self
 
+    def limits(self, model: nn.Module, inputs: Tree) -> str:
+        """Return what of its promise an estimator does not keep for this model; empty if it keeps it.
+
+        `tbptt.check` says it, and so does the trainer before it begins.
+
+        Args:
+            model: the model.
+            inputs: an example, leaves (T, B, ...).
+        """
+        del model, inputs  # all of it is kept, unless an estimator says otherwise
+        return ""
+
     @abstractmethod
     def reach(self, steps: int) -> tuple[int, ...] | None:
         """Return how far the loss at each of a window's `steps` steps reaches, its own step included.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
-from tbptt.estimators.predictor import Predictor, cotangent_of, rows_of
+from tbptt.estimators.predictor import Predictor
+from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.segments import Segment
 from tbptt.tree import LaneDims, Tree
 

@@ -22,10 +22,9 @@ from tbptt.estimators.predictor import (
     attach,
     attached,
     check_spelled,
-    cotangent_of,
-    rows_of,
 )
 from tbptt.estimators.predictor_traces import check_traced, learned, learned_with, state_jacobian, traced
+from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Gradients, Pulled, Segment, Step, walk_back
 from tbptt.length.base import check_whole
