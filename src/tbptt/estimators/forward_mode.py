@@ -129,7 +129,9 @@ class LaneSegment:
         arriving = cotangent_of(seeds, self.segment.end, self.dims)
         found, before = silent.vjp(chosen, self.one, arriving, start=tracked, keep=True)
         by_name = {
-            name: each.detach().flatten(1) for name, each in zip(self.names, found, strict=False) if each is not None
+            name: each.detach().reshape(len(each), -1)
+            for name, each in zip(self.names, found, strict=False)
+            if each is not None
         }
         return by_name, self.rows(self.segment.start, before) if tracked else None
 

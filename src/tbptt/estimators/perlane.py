@@ -100,9 +100,8 @@ class PerLane(nn.Module):
             return [each.squeeze(1) for each in tensors(outputs)], ends
 
         before = [] if state is None else tensors(state)
-        run = torch.func.vmap(
-            one, in_dims=(0, 1, dims[: len(before)]), out_dims=(1, tuple(dims)), randomness="different"
-        )  # pyright: ignore[reportArgumentType] - trees of dimensions
+        sides: Any = (1, dims)  # a tree of dimensions, as torch takes it
+        run = torch.func.vmap(one, in_dims=(0, 1, dims[: len(before)]), out_dims=sides, randomness="different")
         outputs, ends = run(self.weights, tensors(inputs), before)
         return replace_tensors(shapes[0][0], outputs), replace_tensors(shapes[0][1], ends)
 
