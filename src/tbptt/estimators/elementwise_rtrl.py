@@ -81,7 +81,8 @@ class ElementwiseRTRL(CarriedInfluence):
         >>> carry = estimator.init(model, stream.lanes)
         >>> for window in stream.windows(1):
         ...     estimate, carry = estimator.estimate(model, torch.nn.MSELoss(), carry, window)
-        >>> sum(trace.numel() for trace in carry.influence["traces"].values()) < 2 * sum(p.numel() for p in model.parameters())
+        >>> numbers = sum(trace.numel() for trace in carry.influence["traces"].values())
+        >>> numbers < 2 * sum(parameter.numel() for parameter in model.parameters())  # of two lanes
         True
     """
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +149,11 @@ class LaneSegment:
         pairs = zip(differentiable(end), cotangent_of(seed, end, self.dims), strict=True)
         roots = [(leaf, each) for leaf, each in pairs if leaf.requires_grad]
         before = differentiable(start)
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            [leaf for leaf, _ in roots], before, [each for _, each in roots], create_graph=True, allow_unused=True
+        found = cast(
+            "Sequence[Tensor | None]",
+            torch.autograd.grad(
+                [leaf for leaf, _ in roots], before, [each for _, each in roots], create_graph=True, allow_unused=True
+            ),
         )
         total: Tensor | None = None
         for each, along in zip(found, cotangent_of(rows, start, self.dims), strict=True):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -132,27 +133,25 @@ class LocalRule(ForwardMode):
             CapabilityError: the losses do not depend on the state that is returned.
         """
         assert shared.loss is not None
-        outputs, ends = differentiable(shared.outputs), differentiable(shared.end)
-        roots = outputs if self.feedback == "random" else [leaf for leaf in ends if leaf.requires_grad]
-        chosen = [*segment.parameters, *roots]
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            shared.loss, chosen, retain_graph=True, allow_unused=True
-        )
-        own, arrived = (
-            found[: len(segment.parameters)],
-            dict(zip(map(id, roots), found[len(segment.parameters) :], strict=True)),
+        own = cast(
+            "Sequence[Tensor | None]",
+            torch.autograd.grad(shared.loss, list(segment.parameters), retain_graph=True, allow_unused=True),
         )
         direct = {name: each for name, each in zip(segment.names, own, strict=True) if each is not None}
         if self.feedback == "random":
-            return direct, self._broadcast([arrived[id(leaf)] for leaf in outputs], outputs, segment.end)
-        if all(each is None for each in arrived.values()):
+            outputs = differentiable(shared.outputs)
+            errors = torch.autograd.grad(shared.loss, outputs, retain_graph=True, allow_unused=True)
+            return direct, self._broadcast(list(errors), outputs, segment.end)
+        ends = differentiable(shared.end)
+        arrived = _arrived_at(ends, shared.loss, segment.parameters)
+        if all(each is None for each in arrived):
             raise CapabilityError(
                 "outputs made of the state that is returned were expected, but the losses do not depend on it: what "
                 "arrives at the state cannot be seen. nn.RNN, nn.GRU and nn.LSTM return copies",
                 fix="tbptt.scan(cell) of a cell that makes its outputs of the very state that it returns; or "
                 'feedback="random"',
             )
-        return direct, segment.rows(shared.end, [arrived.get(id(leaf)) for leaf in ends])
+        return direct, segment.rows(shared.end, arrived)
 
     def _broadcast(self, errors: Gradients, outputs: Sequence[Tensor], like: Tensor) -> Tensor:
         """Return the errors of the outputs, times fixed random weights. Shape (B, S)."""
@@ -255,6 +254,27 @@ def _layer_seeds(like: Tensor, layers: int, scale: Tensor | None) -> list[Tensor
         part.copy_(torch.ones_like(part) if scale is None else scale.expand_as(part))
         found.append(seed)
     return found
+
+
+def _arrived_at(ends: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+    """Return the gradient of a loss with respect to each tensor of the state after a step, the others held still.
+
+    One of them may be made of another, as spikes are of potentials: the gradient stops at the first that it comes to, as
+    influence on that is followed by itself.
+    """
+    found: dict[int, Tensor] = {}
+
+    def stop(index: int, gradient: Tensor) -> Tensor:
+        found[index] = gradient
+        return torch.zeros_like(gradient)
+
+    hooks = [leaf.register_hook(partial(stop, index)) for index, leaf in enumerate(ends) if leaf.requires_grad]
+    try:
+        torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found.get(index) for index in range(len(ends))]
 
 
 def _along(traces: Mapping[str, Tensor], arrived: Tensor, layers: int) -> dict[str, Tensor]:

@@ -48,8 +48,8 @@ class UORO(CarriedInfluence):
         are mixtures of those of all weights there have been, as with `RTRL`.
     Cost: a window forward, twice back, and forward mode once, which is twice back more; S + P numbers in each lane,
         none shared among lanes.
-    Reference: Tallec & Ollivier (2018), "Unbiased online recurrent optimization", arXiv:1702.05043; with windows, as in the
-        authors' code, and the estimate made before the vectors move on.
+    Reference: Tallec & Ollivier (2018), "Unbiased online recurrent optimization", arXiv:1702.05043; with windows, as in
+        the authors' code, and the estimate made before the vectors move on.
 
     Example:
         >>> import tbptt
