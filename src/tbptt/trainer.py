@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.checkpoint import Checkpoints, Loaded
 from tbptt.checks import check_on_stream
-from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
+from tbptt.errors import AlarmWarning, CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
 from tbptt.guards.base import Guard, RollBack, check_guards, guarded
@@ -27,7 +27,7 @@ from tbptt.loss import Loss, StepLoss
 from tbptt.metrics import Metric
 from tbptt.model import trainable_parameters
 from tbptt.monitors.alarms import Alarms
-from tbptt.monitors.base import Monitor, Plan, Update, Validation
+from tbptt.monitors.base import Alarm, Monitor, Plan, Update, Validation
 from tbptt.monitors.metrics import MetricsFile
 from tbptt.monitors.stability import StabilityFile
 from tbptt.monitors.timing import TimingFile
@@ -228,6 +228,7 @@ class Trainer:
 
     def _begin(self, plan: Plan) -> None:
         """Check the model, and resume or start; a second `run` just goes on."""
+        limits: list[str] = []
         if not self._begun:
             loaded = None if self.checkpoints is None else self.checkpoints.load_latest()
             if loaded is None:
@@ -238,12 +239,23 @@ class Trainer:
             if self.checked:
                 estimator = self.estimator.fixed(self.carry)
                 steps = estimator.next_steps(self.carry)
-                check_on_stream(self.model, self.stream, estimator, steps).raise_if_failed()
+                report = check_on_stream(self.model, self.stream, estimator, steps)
+                report.raise_if_failed()
+                limits = [item.detail for item in report.items if item.name == "exactness"]
             self._begun = True
         for monitor in self.monitors:
             monitor.begin(replace(plan, update=self.updates, weights=trainable_parameters(self.model)))
+        for each in limits if self.updates == 0 else ():
+            self._tell_limits(each)
         if self.updates == 0:
             self._save()  # so that there is something to resume from, and what cannot be saved is found at once
+
+    def _tell_limits(self, limits: str) -> None:
+        """Say what of its promise the estimator does not keep for this model, also in the run's files."""
+        alarm = Alarm("exactness", self.updates, f"{self.estimator} is {limits}", "RTRL(k1), or TBPTT(k1, k2)")
+        for monitor in self.monitors:
+            monitor.alarm(alarm)
+        warnings.warn(str(alarm), AlarmWarning, stacklevel=4)
 
     def _read(self, passes: int | None) -> Window | None:
         """Return the next window, of this pass or of the next; None when the passes are over."""

@@ -259,8 +259,8 @@ def _layer_seeds(like: Tensor, layers: int, scale: Tensor | None) -> list[Tensor
 def _arrived_at(ends: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
     """Return the gradient of a loss with respect to each tensor of the state after a step, the others held still.
 
-    One of them may be made of another, as spikes are of potentials: the gradient stops at the first that it comes to, as
-    influence on that is followed by itself.
+    One of them may be made of another, as spikes are of potentials: the gradient stops at the first that it comes to,
+    as influence on that is followed by itself.
     """
     found: dict[int, Tensor] = {}
 

@@ -95,7 +95,7 @@ class Alarm:
     """Something that goes wrong, and what to do about it.
 
     Args:
-        name: what kind of thing, one of `tbptt.monitors.alarms.KINDS`.
+        name: what kind of thing: one of `tbptt.monitors.alarms.KINDS`, or "exactness", said once when a run begins.
         update: the number of updates made when it was seen.
         message: what was expected, what came, and why it matters.
         fix: what to do, as code.
