@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"opaque"},
     {"tree", "codec", "randomness", "interrupts", "curve", "cost"},
-    {"window", "model", "length", "data"},
+    {"window", "model", "length", "data", "recurrence"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},
