@@ -108,7 +108,7 @@ def test_inputs_of_another_kind_are_refused() -> None:
         ({"outputs": True}, "outputs was expected"),
         ({"layers": 0}, "layers was expected"),
         ({"embedding": 0}, "embedding was expected"),
-        ({"core": "transformer"}, "'lstm', 'gru' or 'rnn'"),
+        ({"core": "transformer"}, "'lstm', 'gru', 'rnn', 'elstm' or 'lru'"),
         ({"dropout": 1.0}, "dropout from 0 to below 1"),
         ({"dropout": -0.1}, "dropout from 0 to below 1"),
         ({"tie_weights": True}, "tied weights need"),
