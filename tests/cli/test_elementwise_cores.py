@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,11 @@ Program = Callable[..., Any]
 
 def weights(run: Path, update: int) -> bytes:
     return (run / f"checkpoints/update-{update:010d}/model.safetensors").read_bytes()
+
+
+def updates(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["kind"] == "update"]
 
 
 @pytest.mark.parametrize("core", ["elstm", "lru"])
@@ -29,8 +35,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
     assert program("resume", run.run, "--updates", "10").code == 0
     assert weights(run.run, 10) == weights(never_stopped.run, 10)
     assert weights(run.run, 10) != weights(run.run, 6)
-    lines = [(each.run / "metrics.jsonl").read_bytes() for each in (run, never_stopped)]
-    assert lines[0] == lines[1]
+    assert updates(run.run) == updates(never_stopped.run)
     assert len(program("sample", run.run, "--length", "5").out) >= 5
 
 
