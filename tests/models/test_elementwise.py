@@ -259,11 +259,20 @@ def test_many_weights_run_side_by_side(kind: str) -> None:
 
 
 @every
-def test_single_precision_and_the_state_of_it(kind: str) -> None:
+def test_single_precision_and_autocast(kind: str) -> None:
     model = made(kind).float()
     outputs, state = model(torch.randn(5, B, M, dtype=torch.float32))
+    single = torch.complex64 if kind.startswith("lru") else torch.float32
     assert outputs.dtype == torch.float32
-    assert state[0].dtype == (torch.complex64 if kind.startswith("lru") else torch.float32)
+    assert state[0].dtype == single
+    for steps in (5, 1):
+        inputs = torch.randn(steps, 1, M, dtype=torch.float32)
+        wanted, _ = model(inputs)
+        with torch.autocast("cpu", torch.bfloat16):  # in which the state stays as exact as it is
+            narrow, state = model(inputs)
+            model(inputs, state)  # which takes it
+        assert state[0].dtype == single
+        torch.testing.assert_close(narrow.float(), wanted, rtol=0.1, atol=0.1)
 
 
 @every
