@@ -44,13 +44,13 @@ class ELSTM(nn.Module):
 
     Exactness: `recurrences` declares every layer, but across layers an online method that carries the influence layer
         by layer is exact only in the last: the lower ones, and an embedding before them, reach the state also through
-        the layers above.
+        the layers above. With one layer all parameters are exact.
 
     Cost: a step at a time; what does not depend on the state is computed for the whole window at once.
 
     Reference: Irie, Gopalakrishnan & Schmidhuber (2023), "Exploring the promise and limits of real-time recurrent
-        learning", arXiv:2305.19044. Theirs stay here but for the start: the matrices as torch's LSTM has them,
-        w_f and w_z normal with deviation 0.1, and b_f = 1 to remember at first (after Jozefowicz et al. 2015).
+        learning", arXiv:2305.19044. The equations are theirs; fresh weights are not: the matrices are as torch's
+        linear layers start, w_f and w_z normal with deviation 0.1, and b_f = 1, to remember at first.
 
     Example:
         >>> model = ELSTM(3, 5)
@@ -90,9 +90,10 @@ class ELSTM(nn.Module):
             ShapeError: inputs of another shape, or a state of other lanes.
         """
         check_numbers(inputs, self.inputs)
-        dtype, size = self.layers[0].w_f.dtype, (inputs.shape[1], self.hidden)
-        assert isinstance(dtype, torch.dtype)
-        before = states_of_layers(state, len(self.layers), size, dtype, inputs)
+        first = self.layers[0]
+        assert isinstance(first, _Layer)
+        size = (inputs.shape[1], self.hidden)
+        before = states_of_layers(state, len(self.layers), size, first.w_f.dtype, inputs)
         after: list[Tensor] = []
         outputs = inputs
         for number, (layer, own) in enumerate(zip(self.layers, before, strict=True)):

@@ -26,8 +26,8 @@ def linear_scan(inputs: Tensor, log_decay: Tensor, state: Tensor, scan: Scan = "
 
     In parallel, all blocks of C steps run side by side: each block's own contribution to its end is a weighted sum,
     the states at the ends are a recurrence again, K times shorter and with the decay λ^C, and from these all blocks
-    are run at once. That is 2 C operations for each level instead of T in all, and twice the arithmetic: a gain where
-    a step is so small that it is the call that takes the time.
+    are run at once. That is about C calls for each of log_C(T) levels instead of T in all, and twice the arithmetic: a
+    gain where a step is so small that it is the call that takes the time.
 
     Args:
         inputs: u. Shape (T, B, N), complex.
@@ -39,7 +39,7 @@ def linear_scan(inputs: Tensor, log_decay: Tensor, state: Tensor, scan: Scan = "
 
     Exactness: the two differ by rounding only, in values and in gradients.
 
-    Cost: sequential: T calls, T B N numbers of memory. Parallel: about 2 C log_C(T) calls, twice that memory.
+    Cost: sequential: T calls, T B N numbers of memory. Parallel: about C log_C(T) calls, twice that memory.
     """
     steps, *size = inputs.shape
     if scan == "auto":

@@ -56,10 +56,10 @@ class LRU(nn.Module):
         ConfigError: sizes, a ring or a scan that cannot be meant, or dropout with nothing to act on.
 
     Exactness: `recurrences` declares every layer, but across layers an online method that carries the influence layer
-        by layer is exact only in the last: the lower ones, and an embedding before them, reach the state also through
-        the layers above.
+        by layer is exact only in the last: the lower ones, the norms between, and an embedding before them, reach the
+        state also through the layers above. With one layer all parameters are exact.
 
-    Cost: T steps of O(B N), in T calls, or in parallel in about 32 log_16(T) calls with twice the arithmetic.
+    Cost: T steps of O(B N), in T calls, or in parallel in about 16 log_16(T) calls with twice the arithmetic.
 
     Reference: Orvieto et al. (2023), "Resurrecting recurrent neural networks for long sequences", arXiv:2303.06349,
         section 3 and appendix A; online: Zucchet et al. (2023), arXiv:2305.15947. B and C start as in the code of
