@@ -15,6 +15,7 @@ from tbptt.cost import held_for_backward, in_turn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.horizon import influences, lyapunov_exponents
 from tbptt.horizon.statistics import GradientStatistics, Sketch, band
+from tbptt.models import LRU
 from tbptt.streams import DelayedRecall
 
 # Statistics
@@ -140,6 +141,18 @@ def test_the_exponents_of_a_linear_network_are_its_eigenvalues() -> None:
     found = lyapunov_exponents(model, window, torch.zeros(1, 2, 3).double(), (1,), count=3, burn_in=50)
     assert found is not None
     torch.testing.assert_close(found, torch.tensor([0.9, 0.7, 0.2]).double().log(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_exponents_of_a_complex_state_are_those_of_both_its_parts() -> None:
+    torch.manual_seed(0)
+    model = LRU(2, 3).double()
+    decays = torch.tensor([0.9, 0.7, 0.2]).double()
+    with torch.no_grad():
+        model.get_parameter("layers.0.lru.nu_log").copy_((-decays.log()).log())
+    window, state = tbptt.Window(torch.randn(300, 2, 2).double()), model(torch.zeros(1, 2, 2).double())[1]
+    found = lyapunov_exponents(model, window, state, (0,), count=6, burn_in=100)
+    assert found is not None
+    torch.testing.assert_close(found, decays.log().repeat_interleave(2), rtol=1e-6, atol=1e-6)
 
 
 def test_exponents_need_lanes_and_single_steps() -> None:

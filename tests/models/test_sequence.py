@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import ConfigError, ShapeError, StreamError
 from tbptt.models import SequenceModel
+from tbptt.tree import tensors
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("core", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("core", ["lstm", "gru", "rnn", "elstm", "lru"])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("symbols", [False, True])
 def test_chunks_with_the_carried_state_equal_one_pass(core: Any, layers: int, symbols: bool) -> None:
@@ -29,8 +30,8 @@ def test_chunks_with_the_carried_state_equal_one_pass(core: Any, layers: int, sy
     second, ends = model(inputs[5:], state)
     assert tuple(whole.shape) == (12, 3, 5)
     assert torch.cat([first, second]).allclose(whole, rtol=0, atol=1e-12)
-    newest = ends[0] if core == "lstm" else ends
-    assert newest.allclose(last[0] if core == "lstm" else last, rtol=0, atol=1e-12)
+    for newest, wanted in zip(tensors(ends), tensors(last), strict=True):
+        assert newest.allclose(wanted, rtol=0, atol=1e-12)
     forgotten, _ = model(inputs[5:])  # the control
     assert not forgotten.allclose(second, atol=1e-4)
 
@@ -108,7 +109,7 @@ def test_inputs_of_another_kind_are_refused() -> None:
         ({"outputs": True}, "outputs was expected"),
         ({"layers": 0}, "layers was expected"),
         ({"embedding": 0}, "embedding was expected"),
-        ({"core": "transformer"}, "'lstm', 'gru' or 'rnn'"),
+        ({"core": "transformer"}, "'lstm', 'gru', 'rnn', 'elstm' or 'lru'"),
         ({"dropout": 1.0}, "dropout from 0 to below 1"),
         ({"dropout": -0.1}, "dropout from 0 to below 1"),
         ({"tie_weights": True}, "tied weights need"),

@@ -99,7 +99,7 @@ class Data(_Section):
 class Model(_Section):
     """A `tbptt.SequenceModel`; see there. An embedding is for symbols only."""
 
-    core: Literal["lstm", "gru", "rnn"] = "lstm"
+    core: Literal["lstm", "gru", "rnn", "elstm", "lru"] = "lstm"
     hidden: Whole
     layers: Whole = 1
     embedding: Whole | None = None

@@ -1,6 +1,6 @@
 """The largest Lyapunov exponent of a model along its data.
 
-Letters: T time, n numbers of one lane's state, m directions.
+Letters: T time, n real numbers of one lane's state, m directions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def lyapunov_exponents(
     if dims is None or any(dim is None for dim in dims):
         return None
     one = select_lanes(state, torch.zeros(1, dtype=torch.int64, device=window.mask.device), dims)
-    size = sum(leaf.numel() for leaf in differentiable(one))
+    size = _flat(one, dims).numel()
     generator = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(size, min(count, size), generator=generator, dtype=torch.float64))[0]
     sums = torch.zeros(directions.shape[1], dtype=torch.float64)
@@ -84,6 +84,10 @@ def _jacobian(model: nn.Module, window: Window, state: Tree, dims: LaneDims) -> 
 
 
 def _flat(state: Tree, dims: LaneDims) -> Tensor:
-    """Return the differentiable tensors of a state as one matrix, a lane a row."""
-    pairs = [(leaf, dim) for leaf, dim in zip(tensors(state), dims, strict=True) if leaf.is_floating_point()]
-    return torch.cat([leaf.movedim(dim, 0).reshape(leaf.shape[dim], -1) for leaf, dim in pairs if dim is not None], 1)
+    """Return the differentiable tensors of a state as one matrix, a lane a row; of complex ones both parts."""
+    rows: list[Tensor] = []
+    for leaf, dim in zip(tensors(state), dims, strict=True):
+        if dim is not None and (leaf.is_floating_point() or leaf.is_complex()):
+            real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+            rows.append(real.movedim(dim, 0).reshape(leaf.shape[dim], -1))
+    return torch.cat(rows, 1)

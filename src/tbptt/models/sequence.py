@@ -5,31 +5,36 @@ Letters: T time, B lanes, D input, E embedding, H hidden, L layers, O output.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tbptt.errors import ConfigError, ShapeError, StreamError
+from tbptt.models.arguments import check_dropout, check_numbers, check_sizes
+from tbptt.models.elstm import ELSTM
+from tbptt.models.lru import LRU
+from tbptt.recurrence import Recurrence
 
 __all__ = ["SequenceModel"]
 
-Core: TypeAlias = Literal["lstm", "gru", "rnn"]
+Core: TypeAlias = Literal["lstm", "gru", "rnn", "elstm", "lru"]
 
 _CORES: dict[str, type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
     "rnn": nn.RNN,
 }
+_AnyCore: TypeAlias = nn.LSTM | nn.GRU | nn.RNN | ELSTM | LRU
 
 
 @final
 class SequenceModel(nn.Module):
-    """Put a linear read-out behind one of torch's recurrent layers, and an embedding before it for symbols.
+    """Put a linear read-out behind recurrent layers, torch's or ours, and an embedding before them for symbols.
 
     The usual model to start from, stateful as torch's own layers are: state None at the start, and the
-    layer's own state afterwards, (L, B, H) tensors. Dropout acts on what enters the recurrent layers,
-    between them and on what leaves them, never on the state.
+    layers' own state afterwards: (L, B, H) tensors of torch's, a tuple of L tensors (B, H) of `ELSTM` and `LRU`.
+    Dropout acts on what enters the recurrent layers, between them and on what leaves them, never on the state.
 
     Args:
         inputs: the numbers at each step, D; with `embedding` the number of symbols.
@@ -38,7 +43,8 @@ class SequenceModel(nn.Module):
         hidden: the units of each recurrent layer, H.
         embedding: None feeds numbers (T, B, D) to the recurrent layer as they are; a size E takes ids
             (T, B) and looks up E numbers for each.
-        core: "lstm", "gru" or "rnn" (tanh).
+        core: "lstm", "gru" or "rnn" (tanh); "elstm" or "lru" (with `glu=True`), whose recurrence is element-wise,
+            for learning online.
         layers: the recurrent layers, one above the other, L.
         dropout: the probability that a number is dropped in training; from 0 to below 1.
         tie_weights: use the embedding as the weights of the read-out; for symbols in and their scores
@@ -46,6 +52,9 @@ class SequenceModel(nn.Module):
 
     Raises:
         ConfigError: settings that cannot be meant, alone or together.
+
+    Exactness: `recurrences` is for online methods. They are exact only in the last recurrent layer: lower ones, and
+        the embedding, reach the state also through the layers above.
 
     Example:
         >>> model = SequenceModel(65, 65, hidden=128, embedding=32)
@@ -69,7 +78,8 @@ class SequenceModel(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"inputs": inputs, "outputs": outputs, "hidden": hidden, "layers": layers}
-        _check(sizes if embedding is None else sizes | {"embedding": embedding}, core, dropout)
+        check_sizes(**(sizes if embedding is None else sizes | {"embedding": embedding}))
+        check_dropout(dropout)
         if tie_weights and (embedding != hidden or inputs != outputs):
             raise ConfigError(
                 f"tied weights need embedding == hidden and inputs == outputs, but {embedding=}, {hidden=}, "
@@ -79,9 +89,7 @@ class SequenceModel(nn.Module):
         self.inputs = inputs
         self.outputs = outputs
         self.embedding = None if embedding is None else nn.Embedding(inputs, embedding)
-        # torch warns of dropout between layers where there is only one
-        between = dropout if layers > 1 else 0.0
-        self.core = _CORES[core](embedding or inputs, hidden, layers, dropout=between)
+        self.core = _core(core, embedding or inputs, hidden, layers, dropout)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, outputs)
         if tie_weights and self.embedding is not None:
@@ -104,17 +112,21 @@ class SequenceModel(nn.Module):
             StreamError: an id that is none of the model's symbols (on the CPU; a GPU has torch's own error).
         """
         if self.embedding is None:
-            if inputs.ndim != 3 or inputs.shape[-1] != self.inputs:
-                raise ShapeError(
-                    f"numbers of shape (T, B, {self.inputs}) were expected, time first, but {tuple(inputs.shape)} came",
-                    fix="inputs.unsqueeze(-1) for one number a step; embedding=32 for ids",
-                )
+            check_numbers(inputs, self.inputs, "; embedding=32 for ids")
             entered = inputs
         else:
             entered = self._embedded(inputs, self.embedding)
         hidden, state = self.core(self.dropout(entered), state)
         outputs = self.head(self.dropout(hidden))
         return outputs.squeeze(-1) if self.outputs == 1 else outputs, state
+
+    def recurrences(self) -> tuple[Recurrence, ...]:
+        """Return the element-wise recurrences: of each layer of "elstm" and "lru"; none of the others."""
+        if not isinstance(self.core, (ELSTM, LRU)):
+            return ()
+        return tuple(
+            Recurrence(each.leaf, tuple(f"core.{name}" for name in each.parameters)) for each in self.core.recurrences()
+        )
 
     def _embedded(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
@@ -135,16 +147,14 @@ class SequenceModel(nn.Module):
             ) from error
 
 
-def _check(sizes: dict[str, int], core: str, dropout: float) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(
-                f"{name} was expected to be a whole number, at least 1, but {value!r} came", fix=f"{name}=1"
-            )
+def _core(core: str, inputs: int, hidden: int, layers: int, dropout: float) -> _AnyCore:
+    between = dropout if layers > 1 else 0.0  # all of them refuse dropout between layers where there is only one
+    if core == "elstm":
+        return ELSTM(inputs, hidden, layers, dropout=between)
+    if core == "lru":  # the read-out is linear, and a bare layer would be, too
+        return LRU(inputs, hidden, hidden, layers=layers, glu=True, dropout=between)
     if core not in _CORES:
-        raise ConfigError(f"core 'lstm', 'gru' or 'rnn' was expected, but {core!r} came", fix='core="lstm"')
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigError(
-            f"a dropout from 0 to below 1 was expected, but {dropout} came: nothing would be left",
-            fix="dropout=0.2",
-        )
+        *most, last = get_args(Core)
+        names = ", ".join(map(repr, most)) + f" or {last!r}"
+        raise ConfigError(f"core {names} was expected, but {core!r} came", fix='core="lstm"')
+    return _CORES[core](inputs, hidden, layers, dropout=between)
