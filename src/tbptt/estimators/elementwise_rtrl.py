@@ -119,7 +119,7 @@ class ElementwiseRTRL(CarriedInfluence):
             for name in each.names:
                 if name in influence["traces"]:
                     trace = influence["traces"][name]
-                    found[name] = torch.einsum("bna,banr->nr", own.to(trace.dtype), trace).flatten()
+                    found[name] = (own.transpose(1, 2)[..., None].to(trace.dtype) * trace).sum((0, 1)).flatten()
         return found
 
     def brought_on(self, influence: Influence, segment: LaneSegment, draws: int) -> Influence:
@@ -138,10 +138,16 @@ class ElementwiseRTRL(CarriedInfluence):
                 before = influence["traces"].get(name)
                 starts = [start for _, start in pulled if start is not None]
                 if before is not None and starts:
-                    slopes = torch.stack([each.of(start) for start in starts], 2).to(before.dtype)  # (B, N, A, A)
-                    news = news + torch.einsum("bnac,bcnr->banr", slopes, before)
+                    news = news + _through([each.of(start) for start in starts], before)
                 traces[name] = news
         return influence | {"traces": traces}
+
+
+def _through(slopes: list[Tensor], before: Tensor) -> Tensor:
+    """Return D J, unit by unit. `slopes`: of each of A parts by those before, (B, N, A). `before`: (B, A, N, r)."""
+    if len(slopes) == 1:
+        return slopes[0].transpose(1, 2)[..., None].to(before.dtype) * before
+    return torch.einsum("bnac,bcnr->banr", torch.stack(slopes, 2).to(before.dtype), before)
 
 
 def _units_in(influence: Influence) -> list[_Units]:

@@ -27,7 +27,7 @@ from tbptt.estimators.segments import Gradients, Pulled, Segment, norm_of, walk_
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
-from tbptt.tree import LaneDims, Tree, all_finite, detach, differentiable
+from tbptt.tree import LaneDims, Tree, all_finite, detach, differentiable, tensors
 from tbptt.window import Window
 
 __all__ = ["CarriedInfluence", "ForwardMode", "Influence", "InfluenceCarry", "LaneSegment", "add_to", "check_size"]
@@ -83,7 +83,7 @@ class LaneSegment:
     Args:
         segment: the stretch, its start tracked unless it is the model's initial state.
         names: of the parameters.
-        weights: each lane's copy of them.
+        weights: each lane's copy of them; of one lane they themselves.
         dims: the lane dimensions of the state.
         one: 1, in the type of the losses.
         parameters: the weights that all lanes share.
@@ -108,6 +108,11 @@ class LaneSegment:
         """The numbers of the state after. Shape (B, S)."""
         return self.rows(self.segment.end)
 
+    @property
+    def lanes(self) -> int:
+        """The number of lanes, B."""
+        return tensors(self.segment.outputs)[0].shape[1]
+
     def rows(self, state: Tree, gradient: Gradients | None = None) -> Tensor:
         """Return a state, or its gradient, as rows. Shape (B, S)."""
         return rows_of(state, self.dims, gradient)
@@ -128,8 +133,9 @@ class LaneSegment:
         tracked = self.segment.start is not None
         arriving = cotangent_of(seeds, self.segment.end, self.dims)
         found, before = silent.vjp(chosen, self.one, arriving, start=tracked, keep=True)
+        lanes = seeds.shape[0]
         by_name = {
-            name: each.detach().reshape(len(each), -1)
+            name: each.detach().reshape(lanes, -1)
             for name, each in zip(self.names, found, strict=False)
             if each is not None
         }
@@ -362,7 +368,9 @@ def _sent_back(made: Sequence[LaneSegment]) -> tuple[dict[str, Tensor], Gradient
                 sums[name] = sums[name] + each if name in sums else each
         arrived = step.cotangent
     tracked = first.segment.start is not None
-    return {name: each.sum(0) for name, each in sums.items()}, arrived if tracked else None
+    if first.lanes > 1:
+        sums = {name: each.sum(0) for name, each in sums.items()}
+    return sums, arrived if tracked else None
 
 
 def add_to(sums: dict[str, Tensor], news: Mapping[str, Tensor]) -> None:

@@ -112,8 +112,8 @@ def _factored(segment: LaneSegment) -> tuple[Tensor, dict[str, Tensor]]:
     plain, _ = segment.pulled(torch.ones_like(end))
     other, _ = segment.pulled(scale.expand_as(end))
     for name, each in plain.items():
-        shape = segment.weights[list(segment.names).index(name)].shape
-        rows = each.view(lanes, shape[1], -1) if len(shape) > 1 else each.view(lanes, 1, -1)
+        value = segment.parameters[list(segment.names).index(name)]
+        rows = each.view(lanes, value.shape[0] if value.ndim else 1, -1)
         if rows.shape[1] != size or not _near(other[name].view_as(rows), rows * scale[:, None]):
             raise _refusal(name, f"each row of {name} drives more than one number of the state, or another one")
     rows = {name: each.view(lanes, size, -1) for name, each in plain.items()}

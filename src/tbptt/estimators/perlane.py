@@ -33,7 +33,7 @@ class PerLane(nn.Module):
         vectorized: side by side, or one after another; None: to be found out at the first run.
 
     Attributes:
-        weights: the copies, leaves of the graph, by name. Each (B, ...).
+        weights: the copies, leaves of the graph, by name. Each (B, ...); of one lane the parameters themselves.
     """
 
     def __init__(
@@ -43,19 +43,23 @@ class PerLane(nn.Module):
         self.held = [model]  # in a list: its parameters are not this module's
         self.lanes, self.dims = lanes, dims
         self.vectorized = False if lanes == 1 else vectorized
-        self.weights = {
-            name: value.detach().expand(lanes, *value.shape).requires_grad_() for name, value in parameters.items()
-        }
+        self.weights = dict(parameters)
+        if lanes > 1:
+            self.weights = {
+                name: value.detach().expand(lanes, *value.shape).requires_grad_() for name, value in parameters.items()
+            }
 
     def initial_state(self, lanes: int) -> Tree | None:
         """Return the model's own, which may be made of its weights."""
         model = self.held[0]
-        if initial_state(model, 1) is None:
-            return None
+        if self.lanes == 1 or initial_state(model, 1) is None:
+            return initial_state(model, lanes)
         return self._joined_states([self._with(lane, lambda: initial_state(model, 1)) for lane in range(lanes)])
 
     def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
         """Run the model over inputs (T, B, ...)."""
+        if self.lanes == 1:
+            return split_result(self.held[0], self.held[0](inputs, state))
         if self.vectorized is None:
             self.vectorized = not self._obstacle(inputs, state)
         return self._side_by_side(inputs, state) if self.vectorized else self._one_by_one(inputs, state)
@@ -66,11 +70,9 @@ class PerLane(nn.Module):
     def _one_by_one(self, inputs: Tree, state: Tree | None) -> tuple[Tree, Tree]:
         model, found = self.held[0], list[tuple[Tree, Tree]]()
         for lane in range(self.lanes):
-            mine = tree_map(lambda leaf, lane=lane: leaf[:, lane : lane + 1], inputs) if self.lanes > 1 else inputs
-            before = state if state is None or self.lanes == 1 else self._state_of(lane, state)
+            mine = tree_map(lambda leaf, lane=lane: leaf[:, lane : lane + 1], inputs)
+            before = None if state is None else self._state_of(lane, state)
             found.append(self._with(lane, lambda mine=mine, before=before: split_result(model, model(mine, before))))
-        if self.lanes == 1:
-            return found[0]
         outputs = [tensors(each) for each, _ in found]
         joined = [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
         return replace_tensors(found[0][0], joined), self._joined_states([end for _, end in found])

@@ -73,7 +73,7 @@ class RTRL(CarriedInfluence):
         """Return D J + I."""
         del draws  # nothing is drawn
         lanes, size = segment.end.shape
-        weights = sum(each[0].numel() for each in segment.weights)
+        weights = sum(each.numel() for each in segment.parameters)
         check_size(
             lanes * size * weights,
             f"the influences of {weights} weights on the {size} numbers of {lanes} lanes' states",
