@@ -204,8 +204,8 @@ def snap_in_numpy(model: Masked, inputs: np.ndarray, targets: np.ndarray, n: int
     return gradient
 
 
-UNEVEN = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1.0]])
-"""Weights of the first unit reach more than those of the last."""
+UNEVEN = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1.0]])
+"""Weights of the last unit reach more than those of the first."""
 RING = torch.eye(6) + torch.roll(torch.eye(6), 1, 0)
 
 
