@@ -381,3 +381,17 @@ def test_memory_does_not_hold_the_rows(tmp_path: Path, program: Any) -> None:
         newest = Checkpoints(out / "checkpoints").paths()[0]
         sizes.append((newest / "state.safetensors").stat().st_size)
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.filterwarnings("default::tbptt.errors.AlarmWarning")
+def test_drift_is_reported_with_its_row(program: Any, tmp_path: Path) -> None:
+    pytest.importorskip("river")
+    lines = numbers(900)
+    turned = [*lines[:600], *(f"{a},{float(y) + 900.0},{b}" for a, y, b in (each.split(",") for each in lines[600:]))]
+    for rows_, found in ((lines, False), (turned, True)):
+        path = write(tmp_path / "rows.csv", rows_)
+        ended = program("learn", "--input", f"csv:{path}", *SMALL, "--drift", "PageHinkley")
+        assert ended.code == 0, ended.err
+        assert len(ended.out.splitlines()) == 900
+        assert ("warning: drift at step 60" in ended.err) == found
+    assert program("learn", "--input", f"csv:{path}", *SMALL, "--drift", "PageHinkly").code == 2

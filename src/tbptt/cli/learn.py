@@ -46,6 +46,9 @@ def learn(
         int | None,
         typer.Option(min=0, metavar="N", help="With --resume: the input has no header, and N lines are passed over."),
     ] = None,
+    drift: Annotated[
+        _Text, typer.Option(metavar="NAME", help="Report drift of the loss, by a detector of river: ADWIN, ...")
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two checkpoints.")] = 10_000,
     report_every: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two reports.")] = 1000,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Configuration, TOML.")] = None,
@@ -98,6 +101,7 @@ def learn(
         on_bad_row=cast('Literal["stop", "skip"]', on_bad_row),
         save_every=save_every,
         report_every=report_every,
+        drift=drift,
     )
     checkpoints = None if out is None else Checkpoints(out / "checkpoints")
     loaded = _loaded(out, checkpoints, resume)

@@ -33,12 +33,13 @@ class Settings:
     on_bad_row: Literal["stop", "skip"]
     save_every: int
     report_every: int
+    drift: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be the same for going on to be going on."""
         tables = self.config.to_tables()
         kept = {name: tables.get(name) for name in SECTIONS} | {"seed": self.config.run.seed}
-        names = ("target", "classes", "max_classes", "ignored", "on_bad_row")
+        names = ("target", "classes", "max_classes", "ignored", "on_bad_row", "drift")
         return kept | {name: getattr(self, name) for name in names}
 
 
@@ -145,7 +146,7 @@ class RowCourse:
         target, why = target_of(table, label, settings.classes, settings.max_classes)
         names = [table.header[index] for index in table.features]
         tell(f"{why}; inputs: {', '.join(names)}")
-        self.learner = RowLearner(settings.config, table, target)
+        self.learner = RowLearner(settings.config, table, target, _detector(settings.drift))
         self._label = label
         self._save()  # so that there is something to resume from, and what cannot be saved is found at once
         return self.learner
@@ -188,7 +189,7 @@ class RowCourse:
         self._label, self._done, self.skipped = state["label"], state["done"], state["skipped"]
         self.table = Table(tuple(state["header"]), self.settings.target, self.settings.ignored)
         target, _ = target_of(self.table, self._label, self.settings.classes, self.settings.max_classes)
-        self.learner = RowLearner(self.settings.config, self.table, target)
+        self.learner = RowLearner(self.settings.config, self.table, target, _detector(self.settings.drift))
         self.learner.load_state_dict(state["learner"], loaded.model_state)
         self._saved = self._done["number"]
         self._pass_over(skip)
@@ -213,6 +214,19 @@ class RowCourse:
                 "others stand there: predictions would follow from rows that never came",
                 fix="give the same input; or --skip 0 for one that goes on where it ended",
             )
+
+
+def _detector(name: str | None) -> Any:
+    """Return a drift detector of river by its name; None for none."""
+    if name is None:
+        return None
+    try:
+        from tbptt.integrations.river import detector
+    except ImportError as error:
+        raise ConfigError(
+            f"river was expected for --drift {name}, but cannot be imported: {error}", fix="pip install 'tbptt[river]'"
+        ) from error
+    return detector(name)
 
 
 def _new_sink(path: Path | None) -> BinaryIO:

@@ -134,6 +134,11 @@ class Online:
         return self._pending.given_up
 
     @property
+    def drift(self) -> DriftDetector | None:
+        """The detector, as it is now."""
+        return self._watch.detector
+
+    @property
     def drifts(self) -> list[int]:
         """The steps at whose labels the detector has found a change; the newest 1000."""
         return list(self._watch.found)
