@@ -77,6 +77,7 @@ ESTIMATORS = [
     TBPTT(tbptt.Ramp(2, 5, over=6), 6),
     tbptt.ARTBP(mean_length=4),
     *tbptt.Telescope.examples()[:1],
+    tbptt.PES(3, 6, 0.1),
 ]
 
 
@@ -464,6 +465,9 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
             build(**options)
     with pytest.raises(ValueError, match="SpikeRollback goes back: the steps in between are gone"):
         build(guards=[tbptt.SpikeRollback(every=10)])
+    for estimator in tbptt.SyntheticGradients.examples()[:1]:
+        with pytest.raises((CapabilityError, ValueError), match="prepare"):
+            build(estimator)
     with pytest.raises(CapabilityError, match="a live stream has no end"):
         build(tbptt.FullBPTT())
     with pytest.raises(CapabilityError, match="drift detector"):

@@ -88,9 +88,11 @@ class Running:
             with torch.no_grad(), fork_random(self.device):
                 yield
         finally:
-            for part, training in zip(self._parts, modes, strict=True):
-                if part.training != training:
-                    part.training = training
+            if any(modes):
+                self.model.train(modes[0])
+                for part, training in zip(self._parts, modes, strict=True):
+                    if part.training != training:  # set so by hand, as one does with layers that are frozen
+                        part.training = training
 
 
 def _same(one: Window, other: Window) -> bool:
