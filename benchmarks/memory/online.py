@@ -3,8 +3,8 @@
     python benchmarks/memory/online.py [--rows 100000]
 
 Rows are piped in as fast as they are taken. Resident memory, and its peak, are read from the kernel (Linux) when so
-many predictions have come out. Then the same rows are learned from again, with a checkpoint every 10 000 rows, killed by
-SIGKILL after 54 321 predictions and resumed: the file of predictions must be the undisturbed one, byte for byte.
+many predictions have come out. Then the same rows are learned from again, with a checkpoint every 10 000 rows, killed
+by SIGKILL after 54 321 predictions and resumed: the file of predictions must be the undisturbed one, byte for byte.
 """
 
 from __future__ import annotations

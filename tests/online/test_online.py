@@ -154,6 +154,21 @@ def test_a_sampling_model_predicts_without_drawing() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_model_that_switches_its_mode_itself_is_asked_to() -> None:
+    switched: list[bool] = []
+
+    class Own(nn.RNN):
+        def train(self, mode: bool = True) -> Own:
+            switched.append(mode)
+            return super().train(mode)
+
+    model = Own(1, 1)
+    online = Online(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), TBPTT(1, 1))
+    switched.clear()
+    online.predict_one(torch.ones(1))
+    assert switched == [False, True]
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_parts_that_were_set_to_eval_stay_so(dropped: bool) -> None:
     online = build(dropout=0.3)

@@ -37,6 +37,7 @@ class Running:
         self.model, self.lanes = model, lanes
         self.device = next(model.parameters()).device
         self._parts = list(model.modules())
+        self._own_train = any(type(part).train is not nn.Module.train for part in self._parts)
         self._state: Tree | None = None
         self._done = 0  # how many of the pending steps the state has gone through
         self._dims: LaneDims | None = None
@@ -82,17 +83,19 @@ class Running:
     def _quietly(self) -> Generator[None]:
         """Run in eval mode, without a graph; leave each part's mode and the random generators as they were."""
         modes = [part.training for part in self._parts]
-        if any(modes):
-            self.model.eval()
+        self._switch([False] * len(modes))
         try:
             with torch.no_grad(), fork_random(self.device):
                 yield
         finally:
-            if any(modes):
-                self.model.train(modes[0])
-                for part, training in zip(self._parts, modes, strict=True):
-                    if part.training != training:  # set so by hand, as one does with layers that are frozen
-                        part.training = training
+            self._switch(modes)
+
+    def _switch(self, modes: list[bool]) -> None:
+        """Put each part of the model into its mode; by `train`, which is slow, only where a class has made its own."""
+        if self._own_train:
+            self.model.train(modes[0])
+        for part, training in zip(self._parts, modes, strict=True):
+            vars(part)["training"] = training
 
 
 def _same(one: Window, other: Window) -> bool:
