@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,12 @@ def test_a_malformed_row_is_named_and_skipped_or_the_end(program: Any, tmp_path:
     assert "1 malformed lines skipped" in skipped.err
     assert skipped.out.splitlines() == [*clean[:10], "", *clean[10:]]
 
+    passing = program(
+        "learn", "--input", f"csv:{with_bad}", *SMALL, "--out", tmp_path / "run", "--resume", "--on-bad-row", "skip"
+    )
+    assert stopped.out + passing.out == skipped.out
+    shutil.rmtree(tmp_path / "run")
+    program("learn", "--input", f"csv:{with_bad}", *SMALL, "--out", tmp_path / "run")
     mended = write(with_bad, lines)  # what came before the fault is kept
     resumed = program("learn", "--input", f"csv:{mended}", *SMALL, "--out", tmp_path / "run", "--resume")
     assert stopped.out.splitlines() + resumed.out.splitlines() == clean

@@ -39,7 +39,7 @@ class Settings:
         """Return what must be the same for going on to be going on."""
         tables = self.config.to_tables()
         kept = {name: tables.get(name) for name in SECTIONS} | {"seed": self.config.run.seed}
-        names = ("target", "classes", "max_classes", "ignored", "on_bad_row", "drift")
+        names = ("target", "classes", "max_classes", "ignored", "drift")
         return kept | {name: getattr(self, name) for name in names}
 
 
