@@ -1,9 +1,8 @@
 """What a step of learning while predicting costs, and how well it predicts, on the embedded ECG.
 
-    python benchmarks/speed/online.py [--rows 18000] [--rounds 30] [--seeds 2]
+    python benchmarks/speed/online.py [--rows 18000] [--rounds 30] [--seeds 2] [--rate 3e-3]
 
-Every side sees the same rows, one at a time: predict, then learn; LSTM 64, one lane, Adam at 3e-3, no clipping, one
-thread. The sides take turns, a thirtieth of the rows at a time, so that whatever else the machine does meets all.
+Every side sees the same rows, one at a time: predict, then learn; LSTM 64, one lane, Adam, no clipping, one thread. The sides take turns, a thirtieth of the rows at a time, so that whatever else the machine does meets all.
 Rolling window is the approach of deep-river's RollingEstimator, written fresh: the newest 24 rows are run from the zero
 state for each prediction, and again, with one backward pass from the newest row's loss and one optimizer step, for each
 label. The others are `tbptt.Online`. "prequential": of predictions made before the row's label was learned from.
@@ -30,7 +29,8 @@ from side_by_side import save
 import tbptt
 from tbptt.streams import ecg_rows
 
-WINDOW, RATE = 24, 3e-3
+WINDOW = 24
+RATE = 3e-3
 Step = Callable[[Tensor, Tensor], float]
 """A row and its label -> the prediction that was made before the label was seen."""
 
@@ -98,11 +98,14 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def main() -> None:
+    global RATE
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=18_000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=3e-3)
     options = parser.parse_args()
+    RATE = options.rate
     torch.set_num_threads(1)
     inputs, targets, mask = (torch.from_numpy(each[: options.rows]) for each in ecg_rows("all"))
     xs, ys = list(inputs), list(targets)
@@ -154,7 +157,8 @@ def main() -> None:
             )
             / len(outputs),
         }
-    save("speed_online", figures, rounds, rows=len(xs), seeds=options.seeds, rounds=options.rounds)
+    name = "speed_online" if options.rate == 3e-3 else f"speed_online_rate_{options.rate:g}"
+    save(name, figures, rounds, rows=len(xs), seeds=options.seeds, rounds=options.rounds, rate=options.rate)
 
 
 if __name__ == "__main__":
