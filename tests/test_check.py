@@ -334,6 +334,7 @@ def test_rounding_inside_is_measured_and_no_fault() -> None:
             outputs, state = self.core(inputs, state)
             return (outputs.float() * (1 + 1e-7 * len(inputs))).to(inputs), state
 
+    torch.manual_seed(0)  # what its rounding does depends on its weights
     report = tbptt.check(RoundsInside(), EXAMPLE)
     assert report, str(report)
     assert "rounding" in report.tried

@@ -128,6 +128,8 @@ def test_shell_blocks_run_one_after_another(tmp_path: Path, run: Run) -> None:
     (tmp_path / "my_package.py").write_text(
         "import tbptt\n\ndef build():\n    return tbptt.SequenceModel(8, 8, hidden=16)\n", encoding="utf-8"
     )
+    rows = "".join(f"{number % 7},{number % 7 + 0.5},{number % 3}\n" for number in range(60))
+    (tmp_path / "rows.csv").write_text(f"humidity,temperature,wind\n{rows}", encoding="utf-8")
     assert commands()
     for name, line in commands():
         words = shlex.split(line, comments=True)
@@ -148,6 +150,11 @@ def test_examples_in_docstrings_run(module: str) -> None:
     import torch
 
     torch.manual_seed(0)
-    found = importlib.import_module(module)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:  # an integration whose library is not here
+        if not module.startswith("tbptt.integrations.") or str(error.name).startswith("tbptt"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
     result = doctest.testmod(found, extraglobs={"torch": torch, "nn": torch.nn}, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0

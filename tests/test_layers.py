@@ -28,7 +28,7 @@ LAYERS = [
     {"streams", "estimators", "models"},
     {"guards", "monitors", "metrics"},
     {"checks", "checkpoint", "evaluate", "snapshots"},
-    {"trainer", "comparison", "horizon"},
+    {"trainer", "comparison", "horizon", "online"},
     {"report", "integrations"},
     {"cli"},
 ]

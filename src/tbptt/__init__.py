@@ -34,6 +34,7 @@ from tbptt.loss import Loss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
 from tbptt.monitors import Alarms, LagCurves, MetricsFile, Monitor, Progress, StabilityFile, TensorBoard
+from tbptt.online import Online
 from tbptt.recurrence import Recurrence
 from tbptt.streams import ArrayStream, Stream, TextStream
 from tbptt.trainer import HeldOut, Saving, Summary, Trainer
@@ -76,6 +77,7 @@ __all__ = [
     "Mixture",
     "Monitor",
     "NonFinite",
+    "Online",
     "Progress",
     "Ramp",
     "RandomLength",

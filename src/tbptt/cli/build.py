@@ -23,7 +23,16 @@ from tbptt.metrics import Metric, metric
 from tbptt.models import SequenceModel
 from tbptt.randomness import seed_everything
 
-__all__ = ["Parts", "build", "build_loss", "build_metrics", "build_model", "use_threads"]
+__all__ = [
+    "Parts",
+    "build",
+    "build_guards",
+    "build_loss",
+    "build_metrics",
+    "build_model",
+    "build_optimizer",
+    "use_threads",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +70,7 @@ def build(config: Config, record: Record | None = None) -> Parts:
     estimator = config.build_estimator()
     seed_everything(config.run.seed)
     model = build_model(config, data.facts)
-    optimizer = config.optimizer.kind(_groups(config, estimator, model), **config.optimizer.arguments())
+    optimizer = build_optimizer(config, estimator, model)
     steps = estimator.next_steps(estimator.init(model, data.train.lanes))
     _refuse_unknown_end(config, estimator)
     updates = _num_updates(config, data, steps)
@@ -72,7 +81,7 @@ def build(config: Config, record: Record | None = None) -> Parts:
         optimizer=optimizer,
         scheduler=_scheduler(optimizer, config.schedule, schedule_updates),
         estimator=estimator,
-        guards=_guards(config),
+        guards=build_guards(config),
         metrics=build_metrics(data.facts),
         data=data,
         updates=updates,
@@ -107,6 +116,11 @@ def build_loss(facts: Facts) -> nn.Module:
 def build_metrics(facts: Facts) -> dict[str, Metric]:
     """Return what a run is judged by, besides its loss."""
     return {shown: metric(name) for shown, name in facts.metrics.items()}
+
+
+def build_optimizer(config: Config, estimator: Estimator, model: nn.Module) -> Optimizer:
+    """Return the optimizer of a run, over the model's parameters."""
+    return config.optimizer.kind(_groups(config, estimator, model), **config.optimizer.arguments())
 
 
 def use_threads(config: Config) -> Config:
@@ -163,7 +177,7 @@ def _scheduler(optimizer: Optimizer, schedule: Schedule, updates: int) -> Lambda
     return LambdaLR(optimizer, share)
 
 
-def _guards(config: Config) -> list[Guard]:
+def build_guards(config: Config) -> list[Guard]:
     """Return the guards, in the order in which the section has them."""
     chosen, bias = config.guards, config.guards.allow_bias is True
     guards: list[Guard] = [NonFinite(chosen.non_finite)]

@@ -15,6 +15,7 @@ from tbptt.cli.check import check
 from tbptt.cli.compare import compare
 from tbptt.cli.evaluate import evaluate
 from tbptt.cli.horizon import horizon
+from tbptt.cli.learn import learn
 from tbptt.cli.report import report
 from tbptt.cli.resume import resume
 from tbptt.cli.sample import sample
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, resume, evaluate, sample, check, report, horizon, compare):
+for command in (train, resume, evaluate, sample, learn, check, report, horizon, compare):
     app.command()(command)
 
 
