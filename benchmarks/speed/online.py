@@ -2,8 +2,8 @@
 
     python benchmarks/speed/online.py [--rows 18000] [--rounds 30] [--seeds 2] [--rate 3e-3]
 
-Every side sees the same rows, one at a time: predict, then learn; LSTM 64, one lane, Adam, no clipping, one thread. The
-sides take turns, a thirtieth of the rows at a time, so that whatever else the machine does meets all. Rolling window is
+Every side sees the same rows, one at a time: predict, then learn; LSTM 64, or eLSTM and LRU of 64 units where they are
+named, one lane, Adam, no clipping, one thread. The sides take turns, a thirtieth of the rows at a time, so that whatever else the machine does meets all. Rolling window is
 the approach of deep-river's RollingEstimator, written fresh: the newest 24 rows are run from the zero state for each
 prediction, and again, with one backward pass from the newest row's loss and one optimizer step, for each label. The
 others are `tbptt.Online`. "prequential": of predictions made before the row's label was learned from.
@@ -36,9 +36,9 @@ Step = Callable[[Tensor, Tensor], float]
 """A row and its label -> the prediction that was made before the label was seen."""
 
 
-def parts(seed: int) -> tuple[tbptt.SequenceModel, torch.optim.Optimizer]:
+def parts(seed: int, core: str = "lstm") -> tuple[tbptt.SequenceModel, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = tbptt.SequenceModel(2, 1, hidden=64)
+    model = tbptt.SequenceModel(2, 1, hidden=64, core=core)
     return model, torch.optim.Adam(model.parameters(), lr=RATE)
 
 
@@ -64,8 +64,8 @@ def rolling_window(seed: int) -> tuple[Step, Callable[[], int]]:
     return step, lambda: updates
 
 
-def online(seed: int, estimator: tbptt.TBPTT) -> tuple[Step, Callable[[], int]]:
-    model, adam = parts(seed)
+def online(seed: int, estimator: tbptt.Estimator, core: str = "lstm") -> tuple[Step, Callable[[], int]]:
+    model, adam = parts(seed, core)
     learner = tbptt.Online(model, nn.BCEWithLogitsLoss(), adam, estimator)
 
     def step(x: Tensor, y: Tensor) -> float:
@@ -86,6 +86,9 @@ SIDES: dict[str, Callable[[int], tuple[Step, Callable[[], int]]]] = {
     "TBPTT(16, 24)": lambda seed: online(seed, tbptt.TBPTT(16, 24)),
     "TBPTT(24, 24)": lambda seed: online(seed, tbptt.TBPTT(24, 24)),
     "TBPTT(1, 1)": lambda seed: online(seed, tbptt.TBPTT(1, 1)),
+    "eLSTM, ElementwiseRTRL(1)": lambda seed: online(seed, tbptt.ElementwiseRTRL(1), "elstm"),
+    "LRU, ElementwiseRTRL(1)": lambda seed: online(seed, tbptt.ElementwiseRTRL(1), "lru"),
+    "LRU, ElementwiseRTRL(8)": lambda seed: online(seed, tbptt.ElementwiseRTRL(8), "lru"),
 }
 
 
