@@ -3,10 +3,11 @@
     python benchmarks/speed/online.py [--rows 18000] [--rounds 30] [--seeds 2] [--rate 3e-3]
 
 Every side sees the same rows, one at a time: predict, then learn; LSTM 64, or eLSTM and LRU of 64 units where they are
-named, one lane, Adam, no clipping, one thread. The sides take turns, a thirtieth of the rows at a time, so that whatever else the machine does meets all. Rolling window is
-the approach of deep-river's RollingEstimator, written fresh: the newest 24 rows are run from the zero state for each
-prediction, and again, with one backward pass from the newest row's loss and one optimizer step, for each label. The
-others are `tbptt.Online`. "prequential": of predictions made before the row's label was learned from.
+named, one lane, Adam, no clipping, one thread. The sides take turns, a thirtieth of the rows at a time, so that
+whatever else the machine does meets all. Rolling window is the approach of deep-river's RollingEstimator, written
+fresh: the newest 24 rows are run from the zero state for each prediction, and again, with one backward pass from the
+newest row's loss and one optimizer step, for each label. The others are `tbptt.Online`. "prequential": of predictions
+made before the row's label was learned from.
 """
 
 from __future__ import annotations

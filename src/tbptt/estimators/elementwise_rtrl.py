@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
-from tbptt.estimators.perlane import PerLane
-from tbptt.estimators.segments import Segment
+from tbptt.estimators.sparsity import tried_step
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
 from tbptt.recurrence import HasRecurrences, Recurrence
-from tbptt.tree import LaneDims, Tree, detach, tensors, time_slice
+from tbptt.tree import LaneDims, Tree, tensors
 from tbptt.window import Window
 
 __all__ = ["ElementwiseRTRL"]
@@ -176,18 +175,12 @@ def _examined(model: nn.Module, inputs: Tree) -> tuple[list[_Units], dict[str, s
     dims = find_lane_dims(model, inputs)
     with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
         torch.manual_seed(0)
-        step = Window(time_slice(inputs, 0, 1))
-        parameters = trainable_parameters(model)
-        lanes = PerLane(model, parameters, step.lanes, dims or (), vectorized=False)
-        first = detach(Segment.run(lanes, step, None, dims, track=False).end)
-        run = Segment.run(lanes, step, first, dims, track=True)
-        like = next(iter(parameters.values()))
-        segment = LaneSegment(run, list(parameters), list(lanes.weights.values()), dims, like.real.new_ones(()))
-        found = _laid_out(declared, run.end, dims, parameters)
+        segment = tried_step(model, inputs, 0, dims, moved=False)
+        found = _laid_out(declared, segment.segment.end, dims, trainable_parameters(model))
         reached: dict[str, set[int]] = {}
         for each in found:
             for part in range(each.parts):
-                for name in _seen(each, part, segment, parameters):
+                for name in _seen(each, part, segment):
                     reached.setdefault(name, set()).add(each.begin)
     return found, reached
 
@@ -216,7 +209,7 @@ def _laid_out(
     return found
 
 
-def _seen(each: _Units, part: int, segment: LaneSegment, parameters: dict[str, Tensor]) -> list[str]:
+def _seen(each: _Units, part: int, segment: LaneSegment) -> list[str]:
     """Return the weights that a recurrence's state depends on, once its units are seen to be apart."""
     end = segment.end
     scale = 1.0 + torch.rand(each.units, dtype=end.dtype, device=end.device)

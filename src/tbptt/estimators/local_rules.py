@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.forward_mode import ForwardMode, Influence, LaneSegment, add_to
-from tbptt.estimators.perlane import PerLane
 from tbptt.estimators.segments import Gradients, Segment
-from tbptt.estimators.sparsity import moved_at_random
+from tbptt.estimators.sparsity import tried_step
 from tbptt.estimators.uoro import check_seed
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, differentiable, tensors, time_slice
+from tbptt.tree import LaneDims, Tree, differentiable, tensors
 from tbptt.window import Window
 
 __all__ = ["LocalRule"]
@@ -190,14 +189,8 @@ class _Units:
         with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
             torch.manual_seed(0)
             for index in range(_PROBES):
-                at = index % tensors(inputs)[0].shape[0]
-                step = Window(moved_at_random(time_slice(inputs, at, at + 1)))
-                lanes = PerLane(model, parameters, step.lanes, dims or (), vectorized=False)
-                first = detach(Segment.run(lanes, step, None, dims, track=False).end)
-                run = Segment.run(lanes, step, moved_at_random(first), dims, track=True)
-                one = next(iter(parameters.values())).real.new_ones(())
-                segment = LaneSegment(run, list(parameters), list(lanes.weights.values()), dims, one)
-                units = _Units._at(segment, parameters, _count_layers(run.end, segment.end), units)
+                segment = tried_step(model, inputs, index % tensors(inputs)[0].shape[0], dims, moved=True)
+                units = _Units._at(segment, parameters, _count_layers(segment.segment.end, segment.end), units)
         assert units is not None
         return units
 

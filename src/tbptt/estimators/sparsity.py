@@ -7,20 +7,19 @@ reaches at most.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tbptt.estimators.forward_mode import LaneSegment
 from tbptt.estimators.perlane import PerLane
-from tbptt.estimators.rows import rows_of
 from tbptt.estimators.segments import Segment
 from tbptt.model import fork_random, left_as_it_was, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, replace_tensors, tensors
+from tbptt.tree import LaneDims, Tree, detach, replace_tensors, tensors, time_slice
 from tbptt.window import Window
 
-__all__ = ["Pattern", "Reached", "coloured", "moved_at_random", "probe", "seeds_of"]
+__all__ = ["Pattern", "Reached", "coloured", "moved_at_random", "probe", "seeds_of", "tried_step"]
 
 _PROBES = 4
 """Random states and inputs that are tried, in each lane; what depends on another number does so at one of them."""
@@ -107,24 +106,37 @@ def probe(model: nn.Module, window: Window, dims: LaneDims | None, seed: int = 0
     """
     with fork_random(window.mask.device), left_as_it_was(model):
         torch.manual_seed(seed)
-        parameters = trainable_parameters(model)
-        names = list(parameters)
         state: Tensor | None = None
         weights: dict[str, Tensor] = {}
         for index in range(_PROBES):
-            lanes = PerLane(model, parameters, window.lanes, dims or (), vectorized=False)
-            piece = window[index % window.steps : index % window.steps + 1].without_targets()
-            piece = replace(piece, inputs=moved_at_random(piece.inputs), reset=torch.zeros_like(piece.reset))
-            first = detach(Segment.run(lanes, piece, None, dims, track=False).end)
-            segment = Segment.run(lanes, piece, moved_at_random(first), dims, track=True)
-            one = rows_of(segment.end, dims).new_ones(())
-            own, before = LaneSegment(segment, names, list(lanes.weights.values()), dims, one).jacobians()
+            own, before = tried_step(model, window.inputs, index % window.steps, dims, moved=True).jacobians()
             assert before is not None
             state = _either(state, (before != 0).any(0))
             for name, each in own.items():
                 weights[name] = _either(weights.get(name), (each != 0).any(0))
     assert state is not None
-    return Pattern(state, {name: weights[name] for name in names if name in weights})
+    return Pattern(state, {name: weights[name] for name in trainable_parameters(model) if name in weights})
+
+
+def tried_step(model: nn.Module, inputs: Tree, at: int, dims: LaneDims | None, *, moved: bool) -> LaneSegment:
+    """Run one step of an example from a state like those to come, each lane with weights of its own.
+
+    Args:
+        model: the model, which may be left in another state.
+        inputs: an example, leaves (T, B, ...).
+        at: which of its steps.
+        dims: the lane dimensions of the state.
+        moved: whether random numbers are added to the inputs and the state.
+    """
+    step = Window(time_slice(inputs, at, at + 1))
+    step = Window(moved_at_random(step.inputs)) if moved else step
+    parameters = trainable_parameters(model)
+    lanes = PerLane(model, parameters, step.lanes, dims or (), vectorized=False)
+    first = detach(Segment.run(lanes, step, None, dims, track=False).end)
+    run = Segment.run(lanes, step, moved_at_random(first) if moved else first, dims, track=True)
+    one = next(iter(parameters.values())).real.new_ones(())
+    weights, shared = list(lanes.weights.values()), list(parameters.values())
+    return LaneSegment(run, list(parameters), weights, dims, one, shared)
 
 
 def seeds_of(groups: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
