@@ -52,7 +52,7 @@ def learn(
     save_every: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two checkpoints.")] = 10_000,
     report_every: Annotated[int, typer.Option(min=1, metavar="N", help="Rows between two reports.")] = 1000,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Configuration, TOML.")] = None,
-    core: Annotated[_Text, typer.Option(metavar="lstm|gru|rnn", help="The recurrent layer.")] = None,
+    core: Annotated[_Text, typer.Option(metavar="lstm|gru|rnn|elstm|lru", help="The recurrent layers' kind.")] = None,
     hidden: Annotated[_Text, typer.Option(metavar="N", help="Units of each recurrent layer.")] = None,
     layers: Annotated[_Text, typer.Option(metavar="N", help="Recurrent layers.")] = None,
     k1: Annotated[_Text, typer.Option(metavar="N|LENGTH", help="Rows between two updates.")] = None,
