@@ -99,11 +99,6 @@ class LaneSegment:
     shared: Segment | None = None
 
     @property
-    def start(self) -> Tensor | None:
-        """The numbers of the state before, shape (B, S); None for the model's initial state."""
-        return None if self.segment.start is None else self.rows(self.segment.start)
-
-    @property
     def end(self) -> Tensor:
         """The numbers of the state after. Shape (B, S)."""
         return self.rows(self.segment.end)

@@ -117,9 +117,8 @@ class LocalRule(ForwardMode):
         starts = [start for _, start in pulled if start is not None]
         old: dict[str, Tensor] = {}
         if starts and influence["traces"]:
-            slopes = torch.stack(
-                [each.view(len(end), layers, -1).transpose(1, 2) for each in starts], 2
-            )  # (B, N, L, L)
+            by_unit = [each.view(len(end), layers, -1).transpose(1, 2) for each in starts]
+            slopes = torch.stack(by_unit, 2)  # (B, N, L, L)
             own = self.local(slopes, influence["kept"])
             for name, trace in influence["traces"].items():
                 old[name] = torch.einsum("bnlm,bmgnr->blgnr", own.to(trace.dtype), trace)

@@ -79,16 +79,15 @@ class SnAp(CarriedInfluence):
         """Find out what reaches what."""
         pattern = probe(model, window, dims)
         table = Reached.of(pattern.reached(self.n))
-        own = torch.cat(list(pattern.weights.values()), 1)
-        shared = own.float()
+        own, state = torch.cat(list(pattern.weights.values()), 1), pattern.state.float()
         return {
             "rows": table.rows,
             "known": table.known,
             "sizes": table.sizes,
             "own": torch.gather(own, 0, table.rows) & table.known,
-            "weight_groups": coloured(shared @ shared.T > 0),
+            "weight_groups": coloured(own.float() @ own.float().T > 0),
             "state": pattern.state,
-            "state_groups": coloured(pattern.state.float() @ pattern.state.float().T > 0),
+            "state_groups": coloured(state @ state.T > 0),
         }
 
     def past(self, influence: Influence, arrived: Tensor) -> dict[str, Tensor]:
