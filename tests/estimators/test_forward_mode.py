@@ -289,3 +289,18 @@ def test_a_state_without_lanes_is_refused() -> None:
     window = Window(torch.randn(1, 2, 1), torch.randn(1, 2, 1))
     with pytest.raises(CapabilityError, match="a state of a fixed size in each lane was expected"):
         RTRL().estimate(model, squared, RTRL().init(model, 2), window)
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+def test_weights_that_are_frozen_or_thawed_in_between_are_refused(thawed: bool) -> None:
+    """What a thawed one has done to the state was not followed."""
+    model, estimator = nn.GRU(2, 3), RTRL()
+    model.bias_hh_l0.requires_grad_(not thawed)
+    carry, window = estimator.init(model, B), Window(torch.randn(1, B, 2), torch.randn(1, B, 3))
+    for _ in range(2):
+        _, carry = estimator.estimate(model, squared, carry, window)
+    model.bias_hh_l0.requires_grad_(thawed)
+    with pytest.raises(CapabilityError, match="bias_hh_l0 has been frozen or thawed") as caught:
+        estimator.estimate(model, squared, carry, window)
+    assert "estimator.init(model, lanes)" in str(caught.value)
+    estimator.estimate(model, squared, estimator.init(model, B), window)

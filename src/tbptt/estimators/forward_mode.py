@@ -46,11 +46,13 @@ class InfluenceCarry:
         chain: the model's state, and what is known of it.
         influence: of the weights on that state.
         vectorized: whether the lanes are run side by side; None before it has been found out.
+        names: of the weights that it is the influence of.
     """
 
     chain: ChainCarry
     influence: Influence = field(default_factory=dict[str, Any])
     vectorized: bool | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def state(self) -> Tree | None:
@@ -64,7 +66,12 @@ class InfluenceCarry:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the carry as plain values and tensors."""
-        return {"chain": self.chain.state_dict(), "influence": self.influence, "vectorized": self.vectorized}
+        return {
+            "chain": self.chain.state_dict(),
+            "influence": self.influence,
+            "vectorized": self.vectorized,
+            "names": list(self.names),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -74,6 +81,7 @@ class InfluenceCarry:
         """
         self.chain.load_state_dict(state["chain"])
         self.influence, self.vectorized = state["influence"], state["vectorized"]
+        self.names = tuple(state["names"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,6 +290,13 @@ class ForwardMode(Estimator):
         chain = carry.chain.with_dims(model, window)
         influence = carry.influence if chain.draws else self.begin(model, window, chain.dims)
         run = Run(model, StepLoss.of(loss), chain, keep_outputs=self.keep_outputs)
+        if chain.draws and carry.names != run.names:
+            changed = sorted(set(carry.names) ^ set(run.names))
+            raise CapabilityError(
+                f"the weights that are trained were expected to be those that the influence is of, but {changed[0]} "
+                "has been frozen or thawed since: what it has done to the state is not known",
+                fix="carry = estimator.init(model, lanes), which starts anew",
+            )
         weights = dict(zip(run.names, run.parameters, strict=True))
         lanes = PerLane(model, weights, chain.lanes, chain.dims or (), carry.vectorized)
         made = self._run(run, lanes, window)
@@ -289,7 +304,7 @@ class ForwardMode(Estimator):
         count = run.num_terms
         pulled = Pulled(_shared(sums, weights, count), [each / count for each in norms if count])
         after = replace(chain, state=detach(made[-1].segment.end), draws=chain.draws + len(made))
-        return run.estimate(pulled, count, window.steps), InfluenceCarry(after, influence, lanes.vectorized)
+        return run.estimate(pulled, count, window.steps), InfluenceCarry(after, influence, lanes.vectorized, run.names)
 
     def _run(self, run: Run, lanes: PerLane, window: Window) -> list[LaneSegment]:
         """Run the window, in segments between which influence is brought on."""
