@@ -104,7 +104,8 @@ class SegmentTransformer(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"inputs": inputs, "outputs": outputs, "width": width, "heads": heads, "layers": layers}
-        asked = {"segment": segment, "embedding": embedding, "memory": memory or None, "tokens": memory_tokens or None}
+        asked = {"segment": segment, "embedding": embedding}
+        asked |= {"memory": memory or None, "memory_tokens": memory_tokens or None}
         check_sizes(**sizes, **{name: value for name, value in asked.items() if value is not None})
         check_dropout(dropout)
         _check_heads(width, heads)
@@ -119,7 +120,7 @@ class SegmentTransformer(nn.Module):
         self.head = nn.Linear(width, outputs)
         self.dropout = nn.Dropout(dropout)
         if memory_tokens:
-            self.first_tokens = nn.Parameter(torch.randn(memory_tokens, width))
+            self.first_tokens = nn.Parameter(0.02 * torch.randn(memory_tokens, width))  # little, beside what is read
             self.token_norm = nn.LayerNorm(width)
 
     def initial_state(self, lanes: int) -> SegmentState:
