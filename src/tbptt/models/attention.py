@@ -59,8 +59,8 @@ class Layout:
         sees[tokens + steps :, first + steps :] = True
         place = torch.arange(steps, device=like.device)
         sees[tokens : tokens + steps, first : first + steps] = place[:, None] >= place
-        line = torch.cat([torch.arange(-memory, 0), torch.arange(-first, -memory), torch.arange(steps + tokens)])
-        line = line.to(like.device)
+        spans = ((-memory, 0), (-first, -memory), (0, steps + tokens))
+        line = torch.cat([torch.arange(*span, device=like.device) for span in spans])
         if sliding:
             sees &= line[memory:, None] - line <= memory
         sees = sees[None, None]

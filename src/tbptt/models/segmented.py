@@ -110,7 +110,7 @@ class SegmentTransformer(nn.Module):
         check_dropout(dropout)
         _check_heads(width, heads)
         _check_memory(memory, memory_tokens, segment, memory_gradient=memory_gradient)
-        self.inputs, self.outputs, self.width = inputs, outputs, width
+        self.inputs, self.outputs, self.width, self.head_size = inputs, outputs, width, width // heads
         self.memory, self.memory_tokens, self.segment = memory, memory_tokens, segment
         self.memory_gradient = memory_gradient
         self.embedding = None if embedding is None else nn.Embedding(inputs, embedding)
@@ -174,7 +174,7 @@ class SegmentTransformer(nn.Module):
             self.memory,
             state.filled,
             sliding=self.segment is None,
-            size=self.width // self._heads,
+            size=self.head_size,
             like=steps,
         )
         rows = steps if read is None else torch.cat([read.to(steps.dtype), steps, read.to(steps.dtype)], 1)
@@ -193,12 +193,6 @@ class SegmentTransformer(nn.Module):
             None if state.place is None else torch.full_like(state.place, num_steps % (self.segment or 1)),
         )
         return rows[:, tokens : tokens + num_steps], after
-
-    @property
-    def _heads(self) -> int:
-        first = self.blocks[0]
-        assert isinstance(first, Block)
-        return first.heads
 
     def _sound(self, state: SegmentState, fresh: SegmentState) -> SegmentState:
         """Return a state that was given, looked at against one of the same lanes.
