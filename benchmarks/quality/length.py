@@ -4,13 +4,13 @@ Shakespeare, next character. One model, trained twice on the same windows from t
 from window to window, `TBPTT(64, 64)`, and with a reset at the start of each window. The gradient goes back 64 steps in
 both; what differs is which states the model has ever been in.
 
-The model is a linear recurrence that forgets slowly, as state-space models for long texts do: two layers of `LRU` with 128
-units whose |λ| start between 0.99 and 0.9999. (A transformer took too long for this here, and one whose memory is
-full after 64 steps has little to show.) Adam with rate 2e-3, gradients clipped at norm 1, 32 lanes.
+The model is a linear recurrence that forgets slowly, as state-space models for long texts do: two layers of `LRU` with
+128 units whose |λ| start between 0.99 and 0.9999. (A transformer takes longer, and one whose memory is full after 64
+steps has little to show.) Adam with rate 2e-3, gradients clipped at norm 1, 32 lanes.
 
-Read from the start of a sequence, the state carried, the last tenth of the text in 108 lanes of 1024 characters, 16 times,
-each time begun 64 characters later and round at its end: so that each character comes once in each of the 16 stretches
-of 64, and the mean losses of these are of the same text.
+Read from the start of a sequence, the state carried, the last tenth of the text in 108 lanes of 1024 characters, 16
+times, each time begun 64 characters later and round at its end: so that each character comes once in each of the 16
+stretches of 64, and the mean losses of these are of the same text.
 
     python benchmarks/quality/length.py [--seeds 3] [--processes 2]
 """
