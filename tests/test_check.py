@@ -295,6 +295,22 @@ def test_lengths_that_need_more_of_the_example_get_it() -> None:
     assert "10+10+10 steps" in report.tried
 
 
+def test_shorter_chunks_are_tried_where_the_usual_ones_are_not_taken() -> None:
+    class GoesOnAfterSixes(Base):
+        """It takes any length, but goes on from multiples of 6 only: the first chunk alone does not tell."""
+
+        def forward(self, inputs, state=None):
+            memory, odd = (None, inputs.new_zeros(1)) if state is None else state
+            assert not bool(odd.any()), "in mid-segment"
+            outputs, memory = self.core(inputs, memory)
+            return outputs, (memory, odd + len(inputs) % 6)
+
+    for steps in (24, 40):
+        report = tbptt.check(GoesOnAfterSixes(), torch.randn(steps, 2, 2))
+        assert report, str(report)
+        assert "6+6+6 steps" in report.tried
+
+
 def test_a_state_that_grows_is_reset_for_all_lanes_together() -> None:
     class Attends(nn.Module):
         """Attention over all that was: right, and no lane of its cache has a length of its own."""

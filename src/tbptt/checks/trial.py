@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tbptt.checks.precision import apart, computes_narrower, distance, in_double, project
 from tbptt.errors import ConfigError, ShapeError
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, tensors, time_cat, to, tree_map
+from tbptt.tree import LaneDims, Tree, detach, time_cat, time_slice, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
@@ -60,9 +60,10 @@ class Trial:
         sizes = _sizes(example, chunks)
         device = next(model.parameters()).device
         inputs = to(tree_map(lambda leaf: leaf[: sum(sizes), :MAX_LANES], example.inputs), device)
-        if chunks is None and not _runs(model, inputs) and example.steps > MAX_STEPS:  # some take certain lengths only
-            sizes = _thirds(example.steps)
-            inputs = to(tree_map(lambda leaf: leaf[:, :MAX_LANES], example.inputs), device)
+        if chunks is None and not _runs(model, inputs, sizes):  # some take certain lengths only
+            whole = to(tree_map(lambda leaf: leaf[:, :MAX_LANES], example.inputs), device)
+            sizes = next((each for each in _others(example.steps) if _runs(model, whole, each)), sizes)
+            inputs = time_slice(whole, 0, sum(sizes))
         plans = {"chunks": sizes, "uneven": _uneven(sizes), "steps": [1] * min(sum(sizes), MAX_STEPS)}
         as_is = Trial(copy.deepcopy(model), Window(inputs), plans, None, 1e-4, 1e-4, "its own precision")
         doubled = in_double(as_is.model, inputs)
@@ -175,10 +176,19 @@ def _uneven(sizes: list[int]) -> list[int]:
     return [size for size in (sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1) if size]
 
 
-def _runs(model: nn.Module, inputs: Tree) -> bool:
+def _others(steps: int) -> list[list[int]]:
+    """Return the chunks to try with a model that does not take the usual ones."""
+    third = min(steps, MAX_STEPS) // 3
+    return ([_thirds(steps)] if steps > MAX_STEPS else []) + [[each] * 3 for each in range(third - 1, 1, -1)]
+
+
+def _runs(model: nn.Module, inputs: Tree, sizes: Sequence[int]) -> bool:
+    """Tell whether a model can be run over the first chunk and go on with the second."""
+    model, state = copy.deepcopy(model), None
     try:
         with torch.no_grad():
-            unroll(copy.deepcopy(model), Window(inputs)[: tensors(inputs)[0].shape[0] // 3], None, None)
+            for begin, end in pairwise([0, *accumulate(sizes[:2])]):
+                _, state = unroll(model, Window(time_slice(inputs, begin, end)), state, None)
     except Exception:  # said again, and not caught, when it is run in earnest
         return False
     return True

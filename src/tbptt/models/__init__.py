@@ -3,7 +3,16 @@
 from tbptt.models.elstm import ELSTM
 from tbptt.models.influence import InfluenceBalancingModel
 from tbptt.models.lru import LRU
+from tbptt.models.segmented import SegmentState, SegmentTransformer
 from tbptt.models.sequence import SequenceModel
 from tbptt.recurrence import Recurrence
 
-__all__ = ["ELSTM", "LRU", "InfluenceBalancingModel", "Recurrence", "SequenceModel"]
+__all__ = [
+    "ELSTM",
+    "LRU",
+    "InfluenceBalancingModel",
+    "Recurrence",
+    "SegmentState",
+    "SegmentTransformer",
+    "SequenceModel",
+]

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tbptt.errors import ConfigError, ShapeError
+from tbptt.errors import ConfigError, ShapeError, StreamError
 
-__all__ = ["check_dropout", "check_numbers", "check_sizes", "states_of_layers"]
+__all__ = ["check_dropout", "check_numbers", "check_sizes", "embedded", "states_of_layers"]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -52,6 +52,30 @@ def check_numbers(inputs: Tensor, size: int, instead: str = "") -> None:
             f"numbers of shape (T, B, {size}) were expected, time first, but {tuple(inputs.shape)} came",
             fix=f"inputs.unsqueeze(-1) for one number a step{instead}",
         )
+
+
+def embedded(ids: Tensor, embedding: nn.Embedding, model: str) -> Tensor:
+    """Look up ids, shape (T, B); `model` is the name of the model's class.
+
+    Raises:
+        ShapeError: numbers, or ids of another shape.
+        StreamError: an id that is none of the symbols (on the CPU; a GPU has torch's own error).
+    """
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(
+            f"ids of shape (T, B) were expected, int64, but {ids.dtype} of shape {tuple(ids.shape)} came",
+            fix=f"{model}(..., embedding=None) for numbers; inputs.long() for ids kept as numbers",
+        )
+    try:
+        return embedding(ids)
+    except IndexError as error:  # looked into only now: good windows pay nothing
+        symbols = embedding.num_embeddings
+        step, lane = ((ids < 0) | (ids >= symbols)).nonzero()[0].tolist()
+        raise StreamError(
+            f"ids from 0 to {symbols - 1} were expected, but {int(ids[step, lane])} came at step {step} of the "
+            f"window, lane {lane}: the model has {symbols} symbols",
+            fix=f"{model}({int(ids.max()) + 1}, ...), or encode with the vocabulary of the model",
+        ) from error
 
 
 def states_of_layers(state: Any, layers: int, size: tuple[int, int], dtype: torch.dtype, like: Tensor) -> Any:

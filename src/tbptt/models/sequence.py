@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, final, get_args
 
-import torch
 from torch import Tensor, nn
 
-from tbptt.errors import ConfigError, ShapeError, StreamError
-from tbptt.models.arguments import check_dropout, check_numbers, check_sizes
+from tbptt.errors import ConfigError
+from tbptt.models.arguments import check_dropout, check_numbers, check_sizes, embedded
 from tbptt.models.elstm import ELSTM
 from tbptt.models.lru import LRU
 from tbptt.recurrence import Recurrence
@@ -115,7 +114,7 @@ class SequenceModel(nn.Module):
             check_numbers(inputs, self.inputs, "; embedding=32 for ids")
             entered = inputs
         else:
-            entered = self._embedded(inputs, self.embedding)
+            entered = embedded(inputs, self.embedding, type(self).__name__)
         hidden, state = self.core(self.dropout(entered), state)
         outputs = self.head(self.dropout(hidden))
         return outputs.squeeze(-1) if self.outputs == 1 else outputs, state
@@ -127,24 +126,6 @@ class SequenceModel(nn.Module):
         return tuple(
             Recurrence(each.leaf, tuple(f"core.{name}" for name in each.parameters)) for each in self.core.recurrences()
         )
-
-    def _embedded(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
-        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(
-                f"ids of shape (T, B) were expected, int64, but {ids.dtype} of shape {tuple(ids.shape)} came",
-                fix="SequenceModel(..., embedding=None) for numbers; inputs.long() for ids kept as numbers",
-            )
-        try:
-            return embedding(ids)
-        except IndexError as error:  # looked into only now: good windows pay nothing
-            wrong = (ids < 0) | (ids >= self.inputs)
-            step, lane = wrong.nonzero()[0].tolist()
-            first = int(ids[step, lane])
-            raise StreamError(
-                f"ids from 0 to {self.inputs - 1} were expected, but {first} came at step {step} of the "
-                f"window, lane {lane}: the model has {self.inputs} symbols",
-                fix=f"SequenceModel({int(ids.max()) + 1}, ...), or encode with the vocabulary of the model",
-            ) from error
 
 
 def _core(core: str, inputs: int, hidden: int, layers: int, dropout: float) -> _AnyCore:
