@@ -1,4 +1,4 @@
-"""Sparse attentive backtracking: the gradient jumps along memories that were looked up, and goes a few steps from there.
+"""Sparse attentive backtracking: the gradient jumps along memories that were looked up, and a few steps from there.
 
 Letters: T time, B lanes.
 """
@@ -26,7 +26,9 @@ from tbptt.window import Window
 __all__ = ["SparseAttentiveBacktracking"]
 
 _EXAMPLE = "SparseAttentiveBacktracking(k1=100, k_trunc=5)"
-_WRAPPED = "tbptt.models.Attentive(nn.LSTM(inputs, hidden)); in a model of your own, def memories(self): return (place,)"
+_WRAPPED = (
+    "tbptt.models.Attentive(nn.LSTM(inputs, hidden)); in a model of your own, def memories(self): return (place,)"
+)
 
 
 @final
@@ -60,8 +62,8 @@ class SparseAttentiveBacktracking(Estimator):
         graph with the recurrent state detached at each cut (tests/estimators/test_sparse_attentive.py). No `reach` is
         promised: how far a gradient really goes depends on which memories are chosen. With k2 > k1 the steps before the
         window are run again with today's weights, but memories older than these are as they were when stored.
-    Cost: k2 steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the graph of
-        any step may yet be needed. A call of the model for each k_trunc steps.
+    Cost: k2 steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the graph
+        of any step may yet be needed. A call of the model for each k_trunc steps.
     Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. The released code cuts before step
         k_trunc of each sequence and every k_trunc steps from there; here the first segment has k_trunc steps, too.
 
@@ -94,8 +96,8 @@ class SparseAttentiveBacktracking(Estimator):
             check_whole(self, name, _EXAMPLE)
         if self.k_trunc > self.k1:
             raise ConfigError(
-                f"a k_trunc of at most k1 was expected, but k1={self.k1} and k_trunc={self.k_trunc} came: the recurrence "
-                "is cut where a window begins, so that no gradient could go so far",
+                f"a k_trunc of at most k1 was expected, but k1={self.k1} and k_trunc={self.k_trunc} came: the "
+                "recurrence is cut where a window begins, so that no gradient could go so far",
                 fix=f"k1={self.k_trunc}, or k_trunc={self.k1}",
             )
         if self.k2 is not None and self.k2 < self.k1:
@@ -181,8 +183,8 @@ def _memories(model: nn.Module, state: Tree) -> tuple[int, ...]:
     wrong = [each for each in places if not 0 <= each < len(leaves) or not differentiable(leaves[each])]
     if wrong:
         raise CapabilityError(
-            f"memories among the state's tensors, of numbers with a gradient, were expected at the places {places}, but "
-            f"there is none at {wrong[0]} of {len(leaves)}: nothing would be sent along it",
+            f"memories among the state's tensors, of numbers with a gradient, were expected at the places {places}, "
+            f"but there is none at {wrong[0]} of {len(leaves)}: nothing would be sent along it",
             fix="let memories() name places as tbptt.tree.tensors(state) has them",
         )
     return places

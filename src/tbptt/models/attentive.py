@@ -9,13 +9,17 @@ from typing import TypeAlias, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.models.arguments import check_numbers, check_sizes
 
 __all__ = ["Attentive"]
 
-State: TypeAlias = tuple[Tensor, ...]
+State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_MEMORY = 2
+"""The place of the memory in the state."""
 
 _FIX = "Attentive(nn.LSTM(inputs, hidden), k_att=2, k_top=5, memory=64)"
 
@@ -29,12 +33,15 @@ class Attentive(nn.Module):
         ĥ = core(x, h),  e_i = wᵀ tanh(Q ĥ + K m_i),  a = softmax(e) over the k_top largest e_i, 0 elsewhere,
         s = Σ_i a_i m_i,  h' = ĥ + s,  output = [h', s];  every k_att steps ĥ is stored
 
+    Of a GRU the gates and the candidate read h, and what they let through is ĥ: (1 - z) n + z ĥ. Else it would double
+    at each step. An LSTM lets c through, which is not added to.
+
     Choose it where what matters lies long ago and little in between does: one look-up is one step for the gradient,
     however old the memory. Plain recurrent layers are cheaper wherever a look-back of all steps can be paid for.
 
-    The state is a plain tuple: that of the core, (B, H) once or twice; the memory, (B, M, H); and how many steps a
-    lane has run, (B,), which says what is stored next, where, and which slots are filled. A lane that starts anew
-    starts with an empty memory. When all slots are taken the oldest state is overwritten.
+    The state is a plain tuple: two tensors (B, H), h and c of an LSTM, ĥ and s of a GRU; the memory, (B, M, H); and
+    how many steps a lane has run, (B,), which says what is stored next, where, and which slots are filled. A lane that
+    starts anew starts with an empty memory. When all slots are taken the oldest state is overwritten.
 
     Args:
         core: an `nn.LSTM` or `nn.GRU` of one layer, one direction, time first and without a projection. It is run step
@@ -50,8 +57,8 @@ class Attentive(nn.Module):
 
     Exactness: what is stored stays in the graph; see `SparseAttentiveBacktracking` for what becomes of its gradient.
     Cost: a step is that of the core, H² for the query, M H for the scores; time and memory of a window T M H for each
-        lane. A stored state costs H² for its key and a copy of the memory. At the start of a window all M keys are
-        computed anew, with the weights of today.
+        lane. A stored state costs H² for its key and a copy of the memory. At the start of a call all M keys are computed
+        anew, with the weights of today.
     Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. Four things differ from their
         released code. There the score is wᵀ tanh([h; m_i]), in which the part of h is the same for all memories and
         drops out once the threshold is subtracted: what is chosen could not depend on what is asked. Here Q and K mix
@@ -89,7 +96,7 @@ class Attentive(nn.Module):
 
     def memories(self) -> tuple[int, ...]:
         """Return the place of the memory among the state's tensors; see `tbptt.recurrence.HasMemories`."""
-        return (2 if isinstance(self.core, nn.LSTM) else 1,)
+        return (_MEMORY,)
 
     def forward(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Run over a window.
@@ -105,31 +112,30 @@ class Attentive(nn.Module):
             ShapeError: inputs of another shape, or a state of other lanes.
         """
         check_numbers(inputs, self.core.input_size)
-        *own, memory, steps = self._start(inputs, state)
+        first, second, memory, steps = self._start(inputs, state)
         keys = self.key(memory)
         places, stored = self._schedule(steps, len(inputs))
         slots = torch.arange(self.memory, device=inputs.device)
         outputs: list[Tensor] = []
         for step, entered in enumerate(inputs):
-            own = self._step(entered, own)
+            now, cell = self._step(entered, first, second)
             filled = slots < (steps + step).div(self.k_att, rounding_mode="floor")[:, None]
-            found = self._looked_up(own[0], memory, keys, filled)
+            found = self._looked_up(now, memory, keys, filled)
             if stored[step]:
-                news = own[0]
                 here = (places[step][:, None] == slots)[..., None]  # in no slot where the lane stores nothing now
-                memory = torch.where(here, news[:, None], memory)
-                keys = torch.where(here, self.key(news)[:, None], keys)
-            own = [own[0] + found, *own[1:]]
-            outputs.append(torch.cat([own[0], found], 1))
-        return torch.stack(outputs), (*own, memory, steps + len(inputs))
+                memory = torch.where(here, now[:, None], memory)
+                keys = torch.where(here, self.key(now)[:, None], keys)
+            first, second = (now, found) if cell is None else (now + found, cell)
+            outputs.append(torch.cat([now + found, found], 1))
+        return torch.stack(outputs), (first, second, memory, steps + len(inputs))
 
     def _start(self, inputs: Tensor, state: State | None) -> State:
         lanes, hidden = inputs.shape[1], self.core.hidden_size
-        like = self.core.weight_hh_l0
-        sizes = [(lanes, hidden)] * self.memories()[0] + [(lanes, self.memory, hidden), (lanes,)]
+        like = self.key.weight
+        sizes = [(lanes, hidden), (lanes, hidden), (lanes, self.memory, hidden), (lanes,)]
         if state is None:
-            zeros = [like.new_zeros(size) for size in sizes[:-1]]
-            return (*zeros, torch.zeros(lanes, dtype=torch.int64, device=like.device))
+            first, second, memory = (like.new_zeros(size) for size in sizes[:-1])
+            return first, second, memory, torch.zeros(lanes, dtype=torch.int64, device=like.device)
         came = [tuple(leaf.shape) for leaf in state]
         if came != sizes:
             raise ShapeError(
@@ -146,13 +152,17 @@ class Attentive(nn.Module):
         places = torch.where(done % self.k_att == 0, slot, -1)
         return places, (places >= 0).any(1).tolist()
 
-    def _step(self, entered: Tensor, own: list[Tensor]) -> list[Tensor]:
+    def _step(self, entered: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return ĥ, and c of an LSTM."""
         core = self.core
-        weights = [core.weight_ih_l0, core.weight_hh_l0]
-        weights += [core.bias_ih_l0, core.bias_hh_l0] if core.bias else []
+        weights, biases = core.all_weights[0][:2], core.all_weights[0][2:]  # without biases there are two
         if isinstance(core, nn.LSTM):
-            return list(torch.lstm_cell(entered, own, *weights))
-        return [torch.gru_cell(entered, own[0], *weights)]
+            return torch.lstm_cell(entered, [first, second], *weights, *biases)
+        r_in, z_in, n_in = linear(entered, weights[0], *biases[:1]).chunk(3, 1)
+        r_again, z_again, n_again = linear(first + second, weights[1], *biases[1:]).chunk(3, 1)
+        z = torch.sigmoid(z_in + z_again)
+        candidate = torch.tanh(n_in + torch.sigmoid(r_in + r_again) * n_again)
+        return (1 - z) * candidate + z * first, None
 
     def _looked_up(self, now: Tensor, memory: Tensor, keys: Tensor, filled: Tensor) -> Tensor:
         """Return the weighted sum of the best memories, zero where a lane has none. Shape (B, H)."""
