@@ -131,26 +131,28 @@ def estimates(estimator: Any, model: nn.Module, data: tuple[Tensor, ...]) -> lis
     return found
 
 
-def cuts_of(window: range, k_trunc: int, k2: int, shift: int = 0) -> Cuts:
-    begin = max(0, window.stop - k2)
+def cuts_of(window: range, k_trunc: int, lookback: int, shift: int = 0) -> Cuts:
+    begin = max(0, window.stop - lookback)
     grid = [t for t in range(begin, window.stop) if (t - window.start - shift) % k_trunc == 0]
-    return Cuts(begin if window.stop > k2 else -1, frozenset(grid))
+    return Cuts(begin if window.stop > lookback else -1, frozenset(grid))
 
 
 SETTINGS = [(12, 4, 12), (12, 5, 12), (10, 1, 10), (6, 3, 20), (5, 3, 23)]
 
 
 @pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize(("k1", "k_trunc", "k2"), SETTINGS)
+@pytest.mark.parametrize(("k1", "k_trunc", "lookback"), SETTINGS)
 @pytest.mark.parametrize("resets", [False, True])
 def test_the_gradient_is_that_of_the_sparse_graph_built_by_hand(
-    core: str, k1: int, k_trunc: int, k2: int, resets: bool
+    core: str, k1: int, k_trunc: int, lookback: int, resets: bool
 ) -> None:
     model, data = made(core, resets=resets)
-    estimator = SparseAttentiveBacktracking(k1, k_trunc, k2=None if k2 == k1 else k2, keep_outputs=True)
+    estimator = SparseAttentiveBacktracking(
+        k1, k_trunc, lookback=None if lookback == k1 else lookback, keep_outputs=True
+    )
     farthest = {"full": 0.0, "no jumps": 0.0, "cut one step later": 0.0}
     for window, estimate in estimates(estimator, model, data):
-        reached = k2 if k2 > k1 else len(window)
+        reached = lookback if lookback > k1 else len(window)
         cuts = cuts_of(window, k_trunc, reached)
         wanted, outputs = by_hand(core, model, data, window, cuts)
         assert relative(estimate.gradients, wanted) < 1e-10
@@ -179,7 +181,7 @@ def test_k_trunc_of_the_window_is_full_backpropagation_through_it(core: str) -> 
     assert relative(cut[0][1].gradients, plain[0][1].gradients) > 1e-4
 
 
-def test_no_gradient_goes_beyond_k2_and_some_goes_beyond_k_trunc() -> None:
+def test_no_gradient_goes_beyond_the_lookback_and_some_goes_beyond_k_trunc() -> None:
     """The gradient of the last loss with respect to each input, by inputs that are made of a parameter."""
 
     class Given(nn.Module):
@@ -198,8 +200,8 @@ def test_no_gradient_goes_beyond_k2_and_some_goes_beyond_k_trunc() -> None:
     given = Given(model)
     steps = torch.arange(T)[:, None].expand(T, B)
     reached: dict[int, list[int]] = {}
-    for k2 in (8, 16, 24):
-        estimator = SparseAttentiveBacktracking(8, 2, k2=k2)
+    for lookback in (8, 16, 24):
+        estimator = SparseAttentiveBacktracking(8, 2, lookback=lookback)
         carry = estimator.init(given, B)
         for begin in range(0, 40, 8):
             mask = torch.zeros(8, B, dtype=torch.bool)
@@ -207,10 +209,10 @@ def test_no_gradient_goes_beyond_k2_and_some_goes_beyond_k_trunc() -> None:
             window = Window(steps[begin : begin + 8], targets[begin : begin + 8], mask)
             estimate, carry = estimator.estimate(given, squared, carry, window)
         arrived = estimate.gradients["inputs"].abs().sum(1)
-        reached[k2] = arrived.nonzero().flatten().tolist()
-    for k2, found in reached.items():
+        reached[lookback] = arrived.nonzero().flatten().tolist()
+    for lookback, found in reached.items():
         assert found[-1] == 39
-        assert 39 - k2 < found[0] <= 39 - k2 + 4, found
+        assert 39 - lookback < found[0] <= 39 - lookback + 4, found
     assert len(reached[24]) > len(reached[8]) > 2
 
 
@@ -310,9 +312,9 @@ def test_models_without_memories_are_refused() -> None:
     [
         ({"k1": 0, "k_trunc": 1}, "k1 of SparseAttentiveBacktracking was expected"),
         ({"k1": 4, "k_trunc": 2.0}, "k_trunc of SparseAttentiveBacktracking was expected"),
-        ({"k1": 4, "k_trunc": 2, "k2": True}, "k2 of SparseAttentiveBacktracking was expected"),
+        ({"k1": 4, "k_trunc": 2, "lookback": True}, "lookback of SparseAttentiveBacktracking was expected"),
         ({"k1": 4, "k_trunc": 5}, "k_trunc of at most k1"),
-        ({"k1": 4, "k_trunc": 2, "k2": 3}, "k2 of at least k1"),
+        ({"k1": 4, "k_trunc": 2, "lookback": 3}, "lookback of at least k1"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -39,7 +39,7 @@ class SparseAttentiveBacktracking(Estimator):
     For a model that keeps states of its past in a memory and looks a few of them up, as `tbptt.models.Attentive` does
     (k_att and k_top are its arguments). From a loss the gradient goes back at most k_trunc steps through the
     recurrence; along each memory that was looked up it jumps to the step that stored it, goes back at most k_trunc
-    steps from there, jumps again along what was looked up there, and so on. It is `TBPTT(k1, k2)` over segments of
+    steps from there, jumps again along what was looked up there, and so on. It is `TBPTT` over segments of
     k_trunc steps with another rule at their boundaries: the recurrent part of the state's gradient stops, that of the
     memory goes on.
 
@@ -51,18 +51,18 @@ class SparseAttentiveBacktracking(Estimator):
         k1: steps of a window, at least 1; a whole sequence where that can be paid for, as in the paper.
         k_trunc: steps that the gradient goes back through the recurrence at most, from 1 to k1. The recurrence is cut
             every k_trunc steps, counted from the first step of the window, on both of its sides.
-        k2: how far a gradient goes back along memories at most, its own step included, at least k1; those that are
+        lookback: how far a gradient goes back along memories at most, its own step included, at least k1; those that are
             older are looked up, and no gradient goes along. Left out: k1, so that it stays within the window.
         keep_outputs: whether estimates hold the window's outputs.
 
     Raises:
-        ConfigError: a number of steps below 1, a k_trunc above k1, or a k2 below it.
+        ConfigError: a number of steps below 1, a k_trunc above k1, or a lookback below it.
 
     Exactness: biased, by what neither a chosen memory nor k_trunc steps lead back to; exact as the gradient of the
         graph with the recurrent state detached at each cut (tests/estimators/test_sparse_attentive.py). No `reach` is
-        promised: how far a gradient really goes depends on which memories are chosen. With k2 > k1 the steps before the
+        promised: how far a gradient really goes depends on which memories are chosen. With a lookback above k1 the steps before the
         window are run again with today's weights, but memories older than these are as they were when stored.
-    Cost: k2 steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the graph
+    Cost: `lookback` steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the graph
         of any step may yet be needed. A call of the model for each k_trunc steps.
     Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. The released code cuts before step
         k_trunc of each sequence and every k_trunc steps from there; here the first segment has k_trunc steps, too.
@@ -81,7 +81,7 @@ class SparseAttentiveBacktracking(Estimator):
 
     k1: int
     k_trunc: int
-    k2: int | None = None
+    lookback: int | None = None
     keep_outputs: bool = False
 
     kind: ClassVar[str] = "biased"
@@ -89,10 +89,10 @@ class SparseAttentiveBacktracking(Estimator):
     @classmethod
     def examples(cls) -> tuple[SparseAttentiveBacktracking, ...]:
         """Return settings within the window and beyond it; see `Estimator.examples`."""
-        return cls(6, 2), cls(5, 2), cls(4, 2, k2=9)
+        return cls(6, 2), cls(5, 2), cls(4, 2, lookback=9)
 
     def __post_init__(self) -> None:
-        for name in ("k1", "k_trunc") if self.k2 is None else ("k1", "k_trunc", "k2"):
+        for name in ("k1", "k_trunc") if self.lookback is None else ("k1", "k_trunc", "lookback"):
             check_whole(self, name, _EXAMPLE)
         if self.k_trunc > self.k1:
             raise ConfigError(
@@ -100,11 +100,11 @@ class SparseAttentiveBacktracking(Estimator):
                 "recurrence is cut where a window begins, so that no gradient could go so far",
                 fix=f"k1={self.k_trunc}, or k_trunc={self.k1}",
             )
-        if self.k2 is not None and self.k2 < self.k1:
+        if self.lookback is not None and self.lookback < self.k1:
             raise ConfigError(
-                f"a k2 of at least k1 was expected, but k1={self.k1} and k2={self.k2} came: the gradient goes back "
-                "through all of the window",
-                fix=f"k2=None, or k2={2 * self.k1}",
+                f"a lookback of at least k1 was expected, but k1={self.k1} and lookback={self.lookback} came: the "
+                "gradient goes back through all of the window",
+                fix=f"lookback=None, or lookback={2 * self.k1}",
             )
 
     def next_steps(self, carry: ChainCarry) -> int:
@@ -146,15 +146,15 @@ class SparseAttentiveBacktracking(Estimator):
         check_lanes_of(window, carry.lanes)
         carry = carry.with_dims(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
-        furthest = self.k2 or self.k1
-        past = carry.past.last(model, furthest - window.steps, carry.dims)
+        lookback = self.lookback or self.k1
+        past = carry.past.last(model, lookback - window.steps, carry.dims)
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + window.steps
         chain, stretches = run.look_back(past, window, range(news % self.k_trunc, steps, self.k_trunc))
         injected = run.num_terms
         pulled = run.pull(chain, injected, boundary=along(_memories(model, chain[-1].end)))
-        if furthest > self.k1:
-            carry = replace(carry, past=carry.past.followed_by(stretches, news, furthest))
+        if lookback > self.k1:
+            carry = replace(carry, past=carry.past.followed_by(stretches, news, lookback))
         return run.estimate(pulled, injected, steps), replace(carry, state=detach(chain[-1].end))
 
 

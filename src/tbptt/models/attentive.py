@@ -57,8 +57,8 @@ class Attentive(nn.Module):
 
     Exactness: what is stored stays in the graph; see `SparseAttentiveBacktracking` for what becomes of its gradient.
     Cost: a step is that of the core, H² for the query, M H for the scores; time and memory of a window T M H for each
-        lane. A stored state costs H² for its key and a copy of the memory. At the start of a call all M keys are computed
-        anew, with the weights of today.
+        lane. A stored state costs H² for its key and a copy of the memory. At the start of a call all M keys are
+        computed anew, with the weights of today.
     Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. Four things differ from their
         released code. There the score is wᵀ tanh([h; m_i]), in which the part of h is the same for all memories and
         drops out once the threshold is subtracted: what is chosen could not depend on what is asked. Here Q and K mix
