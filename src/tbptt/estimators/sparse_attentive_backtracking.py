@@ -51,8 +51,8 @@ class SparseAttentiveBacktracking(Estimator):
         k1: steps of a window, at least 1; a whole sequence where that can be paid for, as in the paper.
         k_trunc: steps that the gradient goes back through the recurrence at most, from 1 to k1. The recurrence is cut
             every k_trunc steps, counted from the first step of the window, on both of its sides.
-        lookback: how far a gradient goes back along memories at most, its own step included, at least k1; those that are
-            older are looked up, and no gradient goes along. Left out: k1, so that it stays within the window.
+        lookback: how far a gradient goes back along memories at most, its own step included, at least k1; those that
+            are older are looked up, and no gradient goes along. Left out: k1, so that it stays within the window.
         keep_outputs: whether estimates hold the window's outputs.
 
     Raises:
@@ -60,12 +60,12 @@ class SparseAttentiveBacktracking(Estimator):
 
     Exactness: biased, by what neither a chosen memory nor k_trunc steps lead back to; exact as the gradient of the
         graph with the recurrent state detached at each cut (tests/estimators/test_sparse_attentive.py). No `reach` is
-        promised: how far a gradient really goes depends on which memories are chosen. With a lookback above k1 the steps before the
-        window are run again with today's weights, but memories older than these are as they were when stored.
-    Cost: `lookback` steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the graph
-        of any step may yet be needed. A call of the model for each k_trunc steps.
-    Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. The released code cuts before step
-        k_trunc of each sequence and every k_trunc steps from there; here the first segment has k_trunc steps, too.
+        promised: how far a gradient really goes depends on which memories are chosen. With a lookback above k1 the
+        steps before the window are run again with today's weights, but older memories are as they were when stored.
+    Cost: `lookback` steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the
+        graph of any step may yet be needed. A call of the model for each k_trunc steps.
+    Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. In the released code the first
+        segment of a sequence is one step shorter than the others.
 
     Example:
         >>> import tbptt, torch
