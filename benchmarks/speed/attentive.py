@@ -3,8 +3,8 @@
     python benchmarks/speed/attentive.py [--rounds 7] [--threads 1]
 
 An `Attentive` LSTM of 64 units, 32 lanes, k_att = 2, a memory of T / 2 slots, so that nothing of a window is forgotten.
-Each side makes an estimate of T steps in turn; TBPTT(5, 5) makes T / 5 of them. The carry goes on, so that the memory is
-full. A plain `nn.LSTM`, run as one, is there to show what running step by step costs by itself.
+Each side makes an estimate of T steps in turn; TBPTT(5, 5) makes T / 5 of them. The carry goes on, so that the memory
+is full. A plain `nn.LSTM`, run as one, is there to show what running step by step costs by itself.
 """
 
 from __future__ import annotations
