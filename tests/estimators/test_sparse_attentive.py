@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tbptt
 from tbptt import TBPTT, SparseAttentiveBacktracking, Window
-from tbptt.errors import CapabilityError, ConfigError
+from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.models import Attentive
 
 D, H, B, T = 3, 5, 3, 46
@@ -224,6 +224,28 @@ def test_a_layer_carries_its_state(core: str) -> None:
     report = tbptt.check(layer, torch.randn(30, B, D), TBPTT(4, 12))
     assert report, report
     assert "measured" in str(report)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("core", CORES)
+def test_with_nothing_stored_it_is_torchs_own_layer(core: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    own = CORES[core](D, H, bias=bias).double()
+    inputs = torch.randn(12, B, D).double()
+    wanted, _ = own(inputs)
+    for k_att, alike in ((12, True), (2, False)):  # with 12 the first one is stored at the last step
+        outputs, _ = Attentive(own, k_att=k_att, k_top=2, memory=4).double()(inputs)
+        assert torch.allclose(outputs[..., :H], wanted, rtol=1e-12, atol=1e-14) == alike
+        assert bool(outputs[..., H:].any()) != alike
+
+
+def test_a_state_of_other_lanes_is_refused() -> None:
+    layer = Attentive(nn.GRU(D, H), memory=8)
+    _, state = layer(torch.zeros(2, B + 1, D))
+    with pytest.raises(ShapeError, match=r"\(3, 8, 5\).* was expected, but .*\(4, 8, 5\).* came"):
+        layer(torch.zeros(2, B, D), state)
+    with pytest.raises(ShapeError, match="numbers of shape"):
+        layer(torch.zeros(2, B, D + 1))
 
 
 def test_a_memory_holds_the_newest_states() -> None:

@@ -1,6 +1,6 @@
 """A recurrent layer that looks up states of its own past.
 
-Letters: T time, B lanes, D input, H hidden, M slots of memory, K chosen slots.
+Letters: T time, B lanes, D input, H hidden, M slots of memory.
 """
 
 from __future__ import annotations
