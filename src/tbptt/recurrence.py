@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from tbptt.errors import ConfigError
 
-__all__ = ["HasRecurrences", "Recurrence"]
+__all__ = ["HasMemories", "HasRecurrences", "Recurrence"]
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,16 @@ class HasRecurrences(Protocol):
 
     def recurrences(self) -> tuple[Recurrence, ...]:
         """Return them; empty for none."""
+        ...
+
+
+@runtime_checkable
+class HasMemories(Protocol):
+    """A model that keeps states of old in its state, to look them up: a gradient may take the same way back.
+
+    What is written into a memory stays in the graph: a model that detaches it leaves nothing to go back along.
+    """
+
+    def memories(self) -> tuple[int, ...]:
+        """Return which of the state's tensors they are, by their places among `tbptt.tree.tensors(state)`."""
         ...

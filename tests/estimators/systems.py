@@ -108,6 +108,22 @@ class Forgetful(nn.Module):
         return torch.stack(outputs), state
 
 
+class Attending(nn.Module):
+    """A layer that looks up its own past, and a head."""
+
+    def __init__(self, inputs: int = D, hidden: int = H, core: type[nn.LSTM] | type[nn.GRU] = nn.LSTM) -> None:
+        super().__init__()
+        self.layer = tbptt.models.Attentive(core(inputs, hidden), k_att=2, k_top=2, memory=4)
+        self.head = nn.Linear(2 * hidden, hidden)
+
+    def memories(self) -> tuple[int, ...]:
+        return self.layer.memories()
+
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        outputs, state = self.layer(inputs, state)
+        return self.head(outputs), state
+
+
 @dataclass(frozen=True)
 class System:
     model: nn.Module
@@ -187,7 +203,22 @@ def forgetful() -> System:
     return System(model, step, _zeros((B, H)))
 
 
-SIMPLE = {"plain": plain, "forgetful": forgetful}
+def attentive() -> System:
+    """A memory of fewer slots than there are states to store."""
+    model = Attending().double()
+
+    def step(parameters: dict[str, Tensor], x: Tensor, state: Any) -> Any:
+        y, new = functional_call(model, parameters, (x[None], state))
+        return y[0], new
+
+    def initial(parameters: dict[str, Tensor]) -> Any:
+        zeros = torch.zeros(B, H, dtype=torch.float64)
+        return zeros, zeros, torch.zeros(B, 4, H, dtype=torch.float64), torch.zeros(B, dtype=torch.int64)
+
+    return System(model, step, initial)
+
+
+SIMPLE = {"plain": plain, "forgetful": forgetful, "attentive": attentive}
 """For methods that take models of one kind only."""
 SYSTEMS = {"lstm": lstm, "gru": gru, "leaky": leaky, "nested": nested}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from systems import SIMPLE, SYSTEMS, B, Forgetful, Plain, record, squared, takes
+from systems import SIMPLE, SYSTEMS, Attending, B, Forgetful, Plain, record, squared, takes
 from torch import nn
 
 import tbptt
@@ -40,7 +40,7 @@ def made(estimator: Estimator, name: str, *, resets: bool = True) -> tuple[nn.Mo
 
 def suited(estimator: Estimator, model: nn.Module) -> nn.Module:
     """The model, or one that the estimator takes; three numbers in, at least three out."""
-    for each in (model, tbptt.scan(Plain(3, 3)), Forgetful(3, 3)):
+    for each in (model, tbptt.scan(Plain(3, 3)), Forgetful(3, 3), Attending(3, 3)):
         if takes(estimator, copy.deepcopy(each), torch.randn(12, 2, 3)):
             return each
     raise AssertionError(f"{estimator} takes none of these")

@@ -14,6 +14,7 @@ from tbptt.estimators.pes import PES
 from tbptt.estimators.rflo import RFLO
 from tbptt.estimators.rtrl import RTRL
 from tbptt.estimators.snap import SnAp
+from tbptt.estimators.sparse_attentive_backtracking import SparseAttentiveBacktracking
 from tbptt.estimators.synthetic_gradients import SyntheticGradients
 from tbptt.estimators.tbptt import TBPTT
 from tbptt.estimators.telescope import Telescope
@@ -39,6 +40,7 @@ __all__ = [
     "FullBPTT",
     "Mixture",
     "SnAp",
+    "SparseAttentiveBacktracking",
     "SyntheticGradients",
     "Telescope",
     "TruncatedES",

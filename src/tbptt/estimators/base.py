@@ -181,5 +181,6 @@ class Estimator(ABC):
 
         Zero for a loss that is not injected. Holds once the stream is older than the look-back, and until the next
         reset; `tbptt.check` measures it. None: back to the start of the sequence. Empty: it cannot be seen in the
-        gradient, as where weights are perturbed at random, or other things than losses are sent back.
+        gradient, as where weights are perturbed at random, or other things than losses are sent back; or nobody can
+        say beforehand, as where it depends on what the model looks up.
         """

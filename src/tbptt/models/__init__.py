@@ -1,5 +1,6 @@
 """Stateful models of our own: only what no library has."""
 
+from tbptt.models.attentive import Attentive
 from tbptt.models.elstm import ELSTM
 from tbptt.models.influence import InfluenceBalancingModel
 from tbptt.models.lru import LRU
@@ -10,6 +11,7 @@ from tbptt.recurrence import Recurrence
 __all__ = [
     "ELSTM",
     "LRU",
+    "Attentive",
     "InfluenceBalancingModel",
     "Recurrence",
     "SegmentState",
