@@ -45,7 +45,7 @@ class SparseAttentiveBacktracking(Estimator):
 
     Choose it where credit lies far back in a few steps, and the way there through the recurrence is long: the way along
     a memory is one step, however old it is. Not recommended where nothing is far away, as `TBPTT(k1, k1)` with the same
-    model has all of this gradient and the recurrent one, too, for the same time.
+    model has all of this gradient and the recurrent one, too, in no more time.
 
     Args:
         k1: steps of a window, at least 1; a whole sequence where that can be paid for, as in the paper.

@@ -167,9 +167,9 @@ class Attentive(nn.Module):
     def _looked_up(self, now: Tensor, memory: Tensor, keys: Tensor, filled: Tensor) -> Tensor:
         """Return the weighted sum of the best memories, zero where a lane has none. Shape (B, H)."""
         scores = self.score(torch.tanh(self.query(now)[:, None] + keys)).squeeze(-1)
-        lowest = torch.finfo(scores.dtype).min  # not -inf: of a lane without any memory the softmax would be NaN
+        lowest = torch.finfo(scores.dtype).min  # not -inf, whose softmax would be NaN in a lane with nothing stored:
         best, chosen = scores.masked_fill(~filled, lowest).topk(self.k_top, dim=1)
-        weights = torch.softmax(best, 1) * filled.gather(1, chosen)
+        weights = torch.softmax(best, 1)  # there it is even, over slots that still hold their zeros
         values = memory.gather(1, chosen[..., None].expand(-1, -1, memory.shape[-1]))
         return (weights[..., None] * values).sum(1)
 
