@@ -78,8 +78,8 @@ class SegmentTransformer(nn.Module):
         T (M + T), so that a long one is better cut. The state has B (L M + K) W numbers.
     Reference: Dai et al. (2019), "Transformer-XL", arXiv:1901.02860; `same_length` in its code: without segments.
         Bulatov, Kuratov & Burtsev (2022), "Recurrent memory transformer", arXiv:2207.06881. Su et al. (2021),
-        arXiv:2104.09864, for places. Layers are pre-norm, and start close to the identity; what is written is normalised, to
-        stay of one size for ever.
+        arXiv:2104.09864, for places. Layers are pre-norm and start close to the identity; what is written is
+        normalised, to stay of one size for ever.
 
     Example:
         >>> model = SegmentTransformer(65, 65, 32, heads=4, layers=2, memory_tokens=4, segment=16, embedding=16)
