@@ -80,9 +80,13 @@ class Layout:
 
 
 class Block(nn.Module):
-    """One layer: attention and two linear maps, each behind a norm and added to what came in."""
+    """One layer: attention and two linear maps, each behind a norm and added to what came in.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    What is added starts small, `scale` times what torch's layers start with: rows pass almost as they are, so that what
+    tokens hold is not overwritten by every segment before anything is learned.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, scale: float) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -93,6 +97,10 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
+        with torch.no_grad():
+            for added in (self.merge, self.contract):
+                added.weight.mul_(scale)
+                added.bias.zero_()
 
     def forward(self, rows: Tensor, memory: Tensor | None, layout: Layout) -> Tensor:
         """Return the rows of the layer above.

@@ -78,7 +78,8 @@ class SegmentTransformer(nn.Module):
         T (M + T), so that a long one is better cut. The state has B (L M + K) W numbers.
     Reference: Dai et al. (2019), "Transformer-XL", arXiv:1901.02860; `same_length` in its code: without segments.
         Bulatov, Kuratov & Burtsev (2022), "Recurrent memory transformer", arXiv:2207.06881. Su et al. (2021),
-        arXiv:2104.09864, for places. Layers are pre-norm; what is written is normalised, to stay of one size for ever.
+        arXiv:2104.09864, for places. Layers are pre-norm and start close to the identity; what is written is
+        normalised, to stay of one size for ever.
 
     Example:
         >>> model = SegmentTransformer(65, 65, 32, heads=4, layers=2, memory_tokens=4, segment=16, embedding=16)
@@ -115,7 +116,7 @@ class SegmentTransformer(nn.Module):
         self.memory_gradient = memory_gradient
         self.embedding = None if embedding is None else nn.Embedding(inputs, embedding)
         self.enter = nn.Linear(embedding or inputs, width)
-        self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(layers)])
+        self.blocks = nn.ModuleList([Block(width, heads, dropout, 0.3 * layers**-0.5) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
         self.dropout = nn.Dropout(dropout)
