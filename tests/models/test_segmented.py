@@ -450,5 +450,5 @@ def test_memory_tokens_learn_over_four_segments_and_not_with_less() -> None:
     assert spec.loader is not None
     recall = module_from_spec(spec)
     spec.loader.exec_module(recall)
-    assert recall.train(4, 4, 0, 1000)["accuracies"][-1] > 0.95
-    assert max(recall.train(4, 3, 0, 1000)["accuracies"]) < 0.3  # guessing has 0.25
+    assert recall.train(4, 4, 0, 500)["accuracies"][-1] > 0.95
+    assert max(recall.train(4, 3, 0, 500)["accuracies"]) < 0.3  # guessing has 0.25
