@@ -20,7 +20,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -35,7 +35,7 @@ from torch import Tensor
 from tbptt.codec import decode, encode
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError
 
-__all__ = ["Checkpoints", "Loaded"]
+__all__ = ["Checkpoints", "Loaded", "refuse_other", "weights_of"]
 
 _FORMAT = 1
 _MODEL, _TENSORS, _STATE, _MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
@@ -334,3 +334,30 @@ def _verify(path: Path, name: str, facts: dict[str, Any]) -> None:
 def _mapped(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         return {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}
+
+
+def weights_of(model_state: Mapping[str, Tensor]) -> str:
+    """Return the names and shapes of a model's weights, for what is said of whose a checkpoint is."""
+    return ", ".join(f"{name}{list(each.shape)}" for name, each in model_state.items())
+
+
+def refuse_other(there: Mapping[str, str], here: Mapping[str, str], what: str, whose: str, fix: str) -> None:
+    """Refuse a state that was saved by something else than what is to go on from it.
+
+    Args:
+        there: what was said of its owner when it was saved.
+        here: what is said of the one that is to go on.
+        what: the state, for people.
+        whose: its owner, for people.
+        fix: what to do.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for name, wanted in here.items():
+        if there.get(name) != wanted:
+            raise CheckpointError(
+                f"{what} belongs to another {whose}: its {name} was expected to be {wanted}, but is {there.get(name)}. "
+                "Going on from it would not be going on",
+                fix=fix,
+            )

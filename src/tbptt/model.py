@@ -193,11 +193,8 @@ def with_parameters(model: nn.Module, parameters: dict[str, Tensor], function: C
 @contextmanager
 def fork_random(device: torch.device) -> Generator[None]:
     """Leave the random generators, of the CPU and of `device`, as they were."""
-    states = random_states(device)
-    try:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-    finally:
-        _set_random(states, device)
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -210,14 +207,10 @@ def random_states(device: torch.device) -> list[Tensor]:
 def random_from(states: list[Tensor], device: torch.device) -> Generator[None]:
     """Draw the random numbers that were drawn then, and leave the generators as they are now."""
     with fork_random(device):
-        _set_random(states, device)
+        torch.set_rng_state(states[0].cpu())
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state.cpu(), device)
         yield
-
-
-def _set_random(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0].cpu())
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state.cpu(), device)
 
 
 @contextmanager

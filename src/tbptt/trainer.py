@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from tbptt.checkpoint import Checkpoints, Loaded
+from tbptt.checkpoint import Checkpoints, Loaded, refuse_other, weights_of
 from tbptt.checks import check_on_stream
 from tbptt.errors import AlarmWarning, CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
@@ -252,7 +252,7 @@ class Trainer:
 
     def _tell_limits(self, limits: str) -> None:
         """Say what of its promise the estimator does not keep for this model, also in the run's files."""
-        alarm = Alarm("exactness", self.updates, f"{self.estimator} is {limits}", "RTRL(k1), or TBPTT(k1, k2)")
+        alarm = Alarm("exactness", self.updates, f"{self.estimator}: {limits}", "RTRL(k1), or TBPTT(k1, k2)")
         for monitor in self.monitors:
             monitor.alarm(alarm)
         warnings.warn(str(alarm), AlarmWarning, stacklevel=4)
@@ -365,18 +365,13 @@ class Trainer:
             "optimizer": type(self.optimizer).__name__,
             "scheduler": type(self.scheduler).__name__,
             "guards": ", ".join(type(guard).__name__ for guard in self.guards),
-            "weights": ", ".join(f"{name}{list(each.shape)}" for name, each in self.model.state_dict().items()),
+            "weights": weights_of(self.model.state_dict()),
         }
 
     def _restore(self, loaded: Loaded) -> None:
-        state, here = loaded.state, self._about()
-        for name, there in state["about"].items():
-            if there != here[name]:
-                raise CheckpointError(
-                    f"{loaded.path} belongs to another run: its {name} was expected to be {here[name]}, "
-                    f"but is {there}. Going on from it would not be going on",
-                    fix="give the trainer another directory, or what the run was started with",
-                )
+        state = loaded.state
+        fix = "give the trainer another directory, or what the run was started with"
+        refuse_other(state["about"], self._about(), str(loaded.path), "run", fix)
         self.model.load_state_dict(loaded.model_state)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
@@ -387,8 +382,7 @@ class Trainer:
         self.updates, self.passes, self.validated = state["updates"], state["passes"], state["validated"]
         for guard, remembered in zip(self.guards, state["guards"], strict=True):
             guard.load_state_dict(remembered)
-        if "snapshots" in state:  # checkpoints of runs in which nothing went back may have been written before
-            self.snapshots.load_state_dict(state["snapshots"])
+        self.snapshots.load_state_dict(state["snapshots"])
         for name, monitor in self._named_monitors():
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])

@@ -242,6 +242,14 @@ def relative(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return apart / max(sum(float(value.square().sum()) for value in wanted.values()) ** 0.5, 1e-300)
 
 
+def is_mean(draws: Tensor, wanted: Tensor) -> bool:
+    """Whether the mean of rows is the wanted vector, within four standard errors along it and along random ones."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.cat([wanted[None], torch.randn(5, len(wanted), generator=generator, dtype=wanted.dtype)])
+    shown = (draws - wanted) @ directions.T
+    return bool((shown.mean(0).abs() < 4 * shown.std(0) / len(draws) ** 0.5).all())
+
+
 def takes(estimator: tbptt.Estimator, model: nn.Module, inputs: Tensor) -> bool:
     """Whether an estimator takes a model: it says no by a CapabilityError in the first two windows at the latest."""
     try:

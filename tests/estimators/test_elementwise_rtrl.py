@@ -134,6 +134,9 @@ def test_in_a_stack_it_is_exact_for_the_last_layer_and_says_so() -> None:
     report = tbptt.check(model, inputs[:12], estimator)
     assert report
     assert "not exact for layers.0.F" in str(report)
+    stream = tbptt.ArrayStream(torch.randn(400, 3).double(), torch.randn(400, 6).double(), lanes=2)
+    found = tbptt.compare([estimator, TBPTT(4, 4)], model, stream, loss=nn.MSELoss(), points=2, span=8, burn_in=8)
+    assert [each for each in found.notes if "not exact for layers.0.F" in each]
 
 
 def test_the_trainer_says_it_too() -> None:
@@ -165,10 +168,11 @@ class Dense(nn.Module):
         return (Recurrence(self.leaf, self.names),)
 
     def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        state = torch.zeros(inputs.shape[1], 4) if state is None else state
+        state, outputs = inputs.new_zeros(inputs.shape[1], 4) if state is None else state, []
         for step in inputs:
             state = torch.tanh(step @ self.mix @ self.drive.T + state @ self.again.T)
-        return state[None].expand(len(inputs), -1, -1), state
+            outputs.append(state)
+        return torch.stack(outputs), state
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,9 @@ def test_what_is_not_so_is_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(CapabilityError) as caught:
         estimator.estimate(model, squared, estimator.init(model, 2), window)
     assert message in str(caught.value)
+    report = tbptt.check(model, torch.randn(24, 2, 3), estimator)
+    assert not report  # it answers, and does not raise
+    assert message in str(report)
 
 
 def test_a_weight_that_drives_other_units_too_is_refused() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from systems import SYSTEMS, B, relative, squared
+from systems import SYSTEMS, B, is_mean, relative, squared
 from test_forward_mode import of_torch, over, whole
 from torch import Tensor, nn
 
 import tbptt
 from tbptt import KFRTRL, RTRL, UORO, Window
 from tbptt.errors import CapabilityError
-from tbptt.estimators.uoro import signs
+from tbptt.estimators.random_products import signs
 
 
 def network(size: int, steps: int) -> tuple[nn.Module, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -111,14 +111,6 @@ def test_each_draw_is_the_recursion(method: str, kind: Any) -> None:
     other = in_numpy(method, weights, inputs, targets, draws, after=True)
     assert np.abs(found - other).max() > 1e-2 * np.abs(wanted).max()  # the control
     assert np.abs(found - drawn_by(kind(seed=6), model, inputs, targets)).max() > 1e-2 * np.abs(wanted).max()
-
-
-def is_mean(draws: Tensor, wanted: Tensor) -> bool:
-    """Whether the mean of rows is the wanted vector, within four standard errors along it and along random ones."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.cat([wanted[None], torch.randn(5, len(wanted), generator=generator, dtype=wanted.dtype)])
-    shown = (draws - wanted) @ directions.T
-    return bool((shown.mean(0).abs() < 4 * shown.std(0) / len(draws) ** 0.5).all())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from systems import SYSTEMS, B, D, H, record, relative, squared
+from systems import SYSTEMS, B, D, H, is_mean, record, relative, squared
 from torch import Tensor, nn
 
 from tbptt import ARTBP, TBPTT, Alarms, FullBPTT, Mixture, Telescope, Trainer, Window
@@ -47,14 +47,6 @@ def summed(
             total = total + estimate.weight * torch.cat([each.flatten() for each in estimate.gradients.values()])
         at += size
     return total
-
-
-def is_mean(draws: Tensor, wanted: Tensor) -> bool:
-    """Whether the mean of rows is the wanted vector, within four standard errors along it and along random ones."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.cat([wanted[None], torch.randn(5, len(wanted), generator=generator, dtype=wanted.dtype)])
-    shown = (draws - wanted) @ directions.T
-    return bool((shown.mean(0).abs() < 4 * shown.std(0) / len(draws) ** 0.5).all())
 
 
 def few(name: str) -> tuple[nn.Module, Recording]:

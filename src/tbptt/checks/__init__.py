@@ -78,8 +78,7 @@ def check(
         if estimator is not None and all(item.passed for item in items):
             takes_steps = not isinstance(items[1].measured.get("steps"), str)
             items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))
-            if limits := estimator.limits(trial.model, trial.window.inputs):
-                items.append(CheckItem("exactness", "note", limits))
+            items += _exactness(trial, estimator)
         return CheckReport(_name(model), trial.tried, tuple(items))
 
 
@@ -104,6 +103,12 @@ def check_on_stream(model: nn.Module, stream: Stream, estimator: Estimator, step
 def _name(model: nn.Module) -> str:
     inner = model._modules.get("module")  # pyright: ignore[reportPrivateUsage]
     return type(model).__name__ if inner is None else f"{type(model).__name__}({type(inner).__name__})"
+
+
+def _exactness(trial: Trial, estimator: Estimator) -> list[CheckItem]:
+    """Return what of its promise an estimator does not keep for a model, or why it does not take it; else nothing."""
+    item = _ask(lambda: CheckItem("exactness", "note", estimator.limits(trial.model, trial.window.inputs)), "exactness")
+    return [item] if item.detail else []
 
 
 def _ask(question: Callable[[], CheckItem], name: str) -> CheckItem:

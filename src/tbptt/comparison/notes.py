@@ -13,6 +13,7 @@ from tbptt.comparison.settings import longest_length
 from tbptt.estimators import SyntheticGradients
 from tbptt.estimators.base import Estimator
 from tbptt.estimators.predictor import attached
+from tbptt.tree import Tree
 
 __all__ = ["notes_on"]
 
@@ -20,11 +21,17 @@ __all__ = ["notes_on"]
 def notes_on(
     estimators: Mapping[str, Estimator],
     model: nn.Module,
+    inputs: Tree,
     sizes: Sizes,
     reference: Reference,
     longest: int | None,
 ) -> tuple[str, ...]:
-    """Return what a reader has to know, in the order of weight."""
+    """Return what a reader has to know, in the order of weight.
+
+    Args:
+        estimators: that have not failed.
+        inputs: an example, leaves (T, B, ...).
+    """
     limit = "" if longest is None else f", and no further than was asked for (longest={longest})"
     notes = [
         f"gradients at {len(reference.points)} points of {sizes.span} steps, weights as given; the full gradient goes "
@@ -49,4 +56,5 @@ def notes_on(
             f"the predictor of {', '.join(fresh)} is fresh, and predicts nothing: gradients are those of TBPTT with "
             "the same k1 and k2; in training it learns"
         )
-    return tuple(notes)
+    limits = {name: each.limits(model, inputs) for name, each in estimators.items()}
+    return (*notes, *(f"{name}: {said}" for name, said in limits.items() if said))

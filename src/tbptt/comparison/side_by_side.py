@@ -139,7 +139,7 @@ def compare(
         _row(name, each, worth.get(name), drawn.get(name), spent.get(name), curves.get(name), failures)
         for name, each in chosen.items()
     )
-    notes = notes_on(chosen, model, sizes, reference, longest)
+    notes = notes_on(failures.sound(chosen), model, inputs, sizes, reference, longest)
     return Comparison(rows, curves, len(reference.points), sizes.span, reference.reach, notes)
 
 

@@ -18,7 +18,7 @@ from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
 from tbptt.estimators.history import History
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Gradients, scaled
-from tbptt.length.base import check_whole, is_whole
+from tbptt.length.base import check_seed, check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
 from tbptt.tree import Tree, detach
@@ -88,8 +88,7 @@ class ARTBP(Estimator):
         for name in ("block", "longest"):
             if getattr(self, name) is not None:
                 check_whole(self, name, _EXAMPLE)
-        if not is_whole(self.seed) or self.seed < 0:
-            raise ConfigError(f"a seed was expected, a whole number from 0, but {self.seed!r} came", fix="seed=0")
+        check_seed(self)
         if isinstance(self.mean_length, bool) or not self.mean_length >= self.block:
             raise ConfigError(
                 f"a mean_length of at least one block of {self.block} steps was expected, but it is "

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
-from tbptt.estimators.uoro import balance, check_seed, norms_of, signs
+from tbptt.estimators.random_products import balance, norms_of, signs
+from tbptt.length.base import check_seed
 
 __all__ = ["KFRTRL"]
 

@@ -19,7 +19,7 @@ from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.forward_mode import ForwardMode, Influence, LaneSegment, add_to
 from tbptt.estimators.segments import Gradients, Segment
 from tbptt.estimators.sparsity import tried_step
-from tbptt.estimators.uoro import check_seed
+from tbptt.length.base import check_seed
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
 from tbptt.tree import LaneDims, Tree, differentiable, tensors
 from tbptt.window import Window

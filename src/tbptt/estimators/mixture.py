@@ -13,7 +13,7 @@ from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.drawn import Drawn, check_lookbacks, drawn_estimate
-from tbptt.length.base import check_whole, is_whole
+from tbptt.length.base import check_seed, check_whole
 from tbptt.loss import Loss
 from tbptt.model import check_trainable
 from tbptt.window import Window
@@ -82,8 +82,7 @@ class Mixture(Estimator):
         for name in ("k1", "short", "long", "segment"):
             if getattr(self, name) is not None or name in ("k1", "short"):
                 check_whole(self, name, _EXAMPLE)
-        if not is_whole(self.seed) or self.seed < 0:
-            raise ConfigError(f"a seed was expected, a whole number from 0, but {self.seed!r} came", fix="seed=0")
+        check_seed(self)
         if isinstance(self.p, bool) or not 0 < self.p <= 1:
             raise ConfigError(
                 f"a probability p above 0 and at most 1 was expected, but it is {self.p!r}: a long look-back that is "

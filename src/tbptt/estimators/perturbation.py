@@ -25,7 +25,7 @@ from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
 from tbptt.estimators.particles import Noise, Particles, States, draw_noise
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Gradients, Pulled
-from tbptt.length.base import check_whole, is_whole
+from tbptt.length.base import check_seed, check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, trainable_parameters
 from tbptt.tree import Tree, all_finite, detach
@@ -203,22 +203,18 @@ class Perturbation(Estimator):
                 "pairs, off the weights by the same noise either way",
                 fix=f"num_particles={self.num_particles + 1}",
             )
-        sigma, seed, how = cast("tuple[object, object, object]", (self.sigma, self.seed, self.vectorize))
+        sigma, how = cast("tuple[object, object]", (self.sigma, self.vectorize))
         if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
             raise ConfigError(
                 f"sigma of {name} was expected to be a positive, finite number, but is {sigma!r}: it is the standard "
                 "deviation of the noise, and differences are divided by it",
                 fix=fix,
             )
-        if not is_whole(seed) or self.seed < 0:
-            raise ConfigError(
-                f"a seed was expected, a whole number from 0, but {seed!r} came", fix=f"{fix[:-1]}, seed=0)"
-            )
+        check_seed(self, f"{fix[:-1]}, seed=0)")
         if how not in ("auto", True, False) or not isinstance(how, bool | str):
             raise ConfigError(
                 f'vectorize was expected to be "auto", True or False, but is {how!r}', fix='vectorize="auto"'
             )
-        object.__setattr__(self, "seed", int(self.seed))  # numpy's whole numbers become Python's
 
     @abstractmethod
     def renews(self, course: Course, first: bool) -> bool:

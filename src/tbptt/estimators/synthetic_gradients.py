@@ -6,7 +6,7 @@ Letters: T time, B lanes, S numbers of a lane's state, P parameters of the predi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -27,52 +27,14 @@ from tbptt.estimators.predictor_traces import check_traced, learned, learned_wit
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Gradients, Pulled, Segment, Step, walk_back
+from tbptt.estimators.synthetic_carry import SyntheticCarry
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, named_parameters
-from tbptt.tree import Tree, all_finite, detach
+from tbptt.tree import Tree, detach
 from tbptt.window import Window
 
-__all__ = ["SyntheticCarry", "SyntheticGradients"]
-
-
-@dataclass(eq=False)
-class SyntheticCarry:
-    """What `SyntheticGradients` carries.
-
-    Attributes:
-        chain: the model's state, and what is known of it.
-        trace: what each weight of the predictor has done to the prediction for this state, through all predictions
-            made before it. Shape (B, S, P); None for nothing, and without traces.
-        owed: the gradients of windows without a target, by parameter: they wait for the next one with a target.
-    """
-
-    chain: ChainCarry
-    trace: Tensor | None = None
-    owed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-    @property
-    def state(self) -> Tree | None:
-        """The model's state after the last window, detached; None before the first."""
-        return self.chain.state
-
-    @property
-    def finite(self) -> bool:
-        """Whether the state, the trace and what is owed are."""
-        return self.chain.finite and all_finite([self.trace, self.owed])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the carry as plain values and tensors."""
-        return {"chain": self.chain.state_dict(), "trace": self.trace, "owed": dict(self.owed)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            ShapeError: it was saved with another number of lanes.
-        """
-        self.chain.load_state_dict(state["chain"])
-        self.trace, self.owed = state["trace"], dict(state["owed"])
+__all__ = ["SyntheticGradients"]
 
 
 @final

@@ -18,7 +18,7 @@ from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.drawn import Drawn, check_lookbacks, drawn_estimate
-from tbptt.length.base import check_whole, is_whole
+from tbptt.length.base import check_seed, check_whole, is_whole
 from tbptt.loss import Loss
 from tbptt.model import check_trainable
 from tbptt.window import Window
@@ -89,8 +89,7 @@ class Telescope(Estimator):
         check_whole(self, "k1", _EXAMPLE)
         if self.segment is not None:
             check_whole(self, "segment", _EXAMPLE)
-        if not is_whole(self.seed) or self.seed < 0:
-            raise ConfigError(f"a seed was expected, a whole number from 0, but {self.seed!r} came", fix="seed=0")
+        check_seed(self)
         lengths = cast("Sequence[object]", self.lengths)
         if isinstance(lengths, str) or not all(is_whole(each) for each in lengths):
             raise ConfigError(f"lengths were expected to be whole numbers, but are {lengths!r}", fix=_EXAMPLE)

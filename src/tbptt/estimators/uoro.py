@@ -6,20 +6,16 @@ Letters: B lanes, S numbers of a lane's state, P parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tbptt.errors import ConfigError
 from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
-from tbptt.length.base import is_whole
+from tbptt.estimators.random_products import balance, norms_of, signs
+from tbptt.length.base import check_seed
 
-__all__ = ["UORO", "balance", "check_seed", "norms_of", "signs"]
-
-_PURPOSE = 0x554F524F
-"""Keeps these signs apart from all else that is drawn from a seed and a number, such as the data of a stream."""
+__all__ = ["UORO"]
 
 
 @final
@@ -100,42 +96,6 @@ class UORO(CarriedInfluence):
                 {name: _scaled(each, 1 / rho_1) for name, each in news.items()},
             ),
         }
-
-
-def check_seed(setting: Any) -> None:
-    """Refuse a seed that is none, and make numpy's whole numbers Python's.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not is_whole(setting.seed) or setting.seed < 0:
-        raise ConfigError(f"a seed was expected, a whole number from 0, but {setting.seed!r} came", fix="seed=0")
-    object.__setattr__(setting, "seed", int(setting.seed))
-
-
-def signs(about: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return random signs of this shape: the same on every machine and device.
-
-    Args:
-        about: the seed and what tells this draw from others.
-        like: of the wanted shape, type and device.
-    """
-    drawn = np.random.default_rng((*about, _PURPOSE)).integers(0, 2, tuple(like.shape)) * 2 - 1
-    return torch.from_numpy(drawn).to(dtype=like.dtype, device=like.device)
-
-
-def norms_of(vectors: dict[str, Tensor], like: Tensor) -> Tensor:
-    """Return each lane's norm over all of them. Shape (B,)."""
-    total = like.new_zeros(len(like))
-    for each in vectors.values():
-        total = total + each.square().sum(1).to(like.dtype)
-    return total.sqrt()
-
-
-def balance(weights: Tensor, state: Tensor) -> Tensor:
-    """Return (|weights| / |state|)^(1/2), which makes the variance least; 1 where either is 0 and nothing is mixed."""
-    known = (weights > 0) & (state > 0)
-    return torch.where(known, weights / torch.where(known, state, 1.0), 1.0).sqrt()
 
 
 def _scaled(vectors: Tensor, factors: Tensor) -> Tensor:

@@ -14,7 +14,17 @@ from torch.optim import Optimizer
 
 from tbptt.errors import ConfigError
 
-__all__ = ["Length", "LengthState", "RateScaling", "check_scaling", "check_whole", "is_whole", "scaled", "scaled_rate"]
+__all__ = [
+    "Length",
+    "LengthState",
+    "RateScaling",
+    "check_scaling",
+    "check_seed",
+    "check_whole",
+    "is_whole",
+    "scaled",
+    "scaled_rate",
+]
 
 RateScaling: TypeAlias = Literal["none", "linear", "sqrt"]
 
@@ -123,6 +133,13 @@ def check_whole(owner: object, name: str, fix: str) -> None:
             f"{name} of {type(owner).__name__} was expected to be a whole number, at least 1, but is {value!r}", fix=fix
         )
     object.__setattr__(owner, name, int(value))
+
+
+def check_seed(owner: Any, fix: str = "seed=0") -> None:
+    """Refuse a field `seed` that is not a whole number from 0; numpy's become Python's."""
+    if not is_whole(owner.seed) or owner.seed < 0:
+        raise ConfigError(f"a seed was expected, a whole number from 0, but {owner.seed!r} came", fix=fix)
+    object.__setattr__(owner, "seed", int(owner.seed))
 
 
 def check_scaling(how: object) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, final
 import numpy as np
 
 from tbptt.errors import ConfigError
-from tbptt.length.base import Length, LengthState, RateScaling, check_scaling, check_whole, is_whole, scaled
+from tbptt.length.base import Length, LengthState, RateScaling, check_scaling, check_seed, check_whole, is_whole, scaled
 
 __all__ = ["Choice", "Ramp", "RandomLength"]
 
@@ -104,7 +104,7 @@ class Choice(Length):
                 f"lengths were expected to be whole numbers of steps, at least 1, but are {self.lengths!r}", fix=fix
             )
         object.__setattr__(self, "lengths", tuple(int(each) for each in given))
-        _check_seed(self, fix)
+        check_seed(self, fix)
         if self.weights is None:
             return
         weights = tuple(float(each) for each in self.weights)
@@ -174,7 +174,7 @@ class RandomLength(Length):
         fix = "RandomLength(mean=70)"
         check_whole(self, "mean", fix)
         check_whole(self, "shortest", fix)
-        _check_seed(self, fix)
+        check_seed(self, fix)
         check_scaling(self.scale_rate)
         if not 0 <= self.deviation < math.inf or not 0 <= self.half <= 1:
             raise ConfigError(
@@ -207,8 +207,3 @@ class RandomLength(Length):
 
 def _generator(seed: int, state: LengthState) -> np.random.Generator:
     return np.random.default_rng((seed, state.updates))
-
-
-def _check_seed(owner: Choice | RandomLength, fix: str) -> None:
-    if not is_whole(owner.seed) or owner.seed < 0:
-        raise ConfigError(f"a seed was expected, a whole number from 0, but {owner.seed!r} came", fix=fix)

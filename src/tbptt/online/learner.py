@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tbptt.checkpoint import Checkpoints
+from tbptt.checkpoint import Checkpoints, refuse_other, weights_of
 from tbptt.checks import CheckReport, check
 from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, ConfigError, ShapeError
 from tbptt.estimators import FullBPTT
@@ -368,17 +368,11 @@ class Online:
             "guards": ", ".join(type(guard).__name__ for guard in self.guards),
             "lanes": str(self.lanes),
             "label_patience": str(self._pending.patience),
-            "weights": ", ".join(f"{name}{list(each.shape)}" for name, each in self.model.state_dict().items()),
+            "weights": weights_of(self.model.state_dict()),
         }
 
     def _refuse_other(self, about: dict[str, str], what: str) -> None:
-        for name, here in self._about().items():
-            if about.get(name) != here:
-                raise CheckpointError(
-                    f"{what} belongs to another learner: its {name} was expected to be {here}, but is "
-                    f"{about.get(name)}. Going on from it would not be going on",
-                    fix="build the learner as the one that was saved",
-                )
+        refuse_other(about, self._about(), what, "learner", "build the learner as the one that was saved")
 
 
 def _step_of(tree: Tree, step: int) -> Tree:
