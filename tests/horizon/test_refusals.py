@@ -138,8 +138,11 @@ def test_a_model_that_fails_the_check(kind: type[nn.Module], cause: str) -> None
     with pytest.raises(CheckError, match=cause):
         measure(kind(), nn.MSELoss(), stream, **FAST)
     assert stream.state_dict() == place
-    unchecked = measure(kind(), nn.MSELoss(), stream, checked=False, **FAST)  # what would have been believed
-    assert unchecked.recommend(0.1).k2 <= 2
+    torch.manual_seed(0)  # the targets are noise, and what some weights make of more context is chance
+    believed = measure(kind(), nn.MSELoss(), stream, checked=False, **FAST).recommend(0.1)
+    assert believed.high is not None
+    assert believed.high <= 2
+    assert believed.k2 <= 2
 
 
 # Streams that are too short
