@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"opaque"},
     {"tree", "codec", "randomness", "interrupts", "curve", "cost"},
-    {"window", "model", "length", "data", "recurrence"},
+    {"window", "model", "length", "data", "recurrence", "pathways"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},

@@ -341,14 +341,18 @@ def test_nothing_goes_on_from_the_middle_of_a_segment(kind: str) -> None:
 
 @each_kind
 @pytest.mark.parametrize("segment", [4, 6, 10])
-def test_check_passes_and_notes_the_lengths(kind: str, segment: int) -> None:
+def test_check_passes_in_segments_and_measures_the_reach(kind: str, segment: int) -> None:
     report = tbptt.check(
         made(kind, segment=segment).float(), torch.randn(30, 3, INPUTS), tbptt.TBPTT(segment, 2 * segment)
     )
     assert report, str(report)
+    assert report.conclusion == "it carries its state"
     found = {item.name: item for item in report.items}
-    assert "takes no single steps: ShapeError: a state at the end of a segment" in found["value carry"].detail
-    assert found["reset"].verdict == "ok"
+    cut_in_mid_segment = found["value carry"].measured["elsewhere"]
+    assert isinstance(cut_in_mid_segment, str)
+    assert cut_in_mid_segment.startswith("ShapeError: a state at the end of a segment")
+    asked = f"{segment + 1} steps asked, {segment + 1} measured; {2 * segment} steps asked, {2 * segment} measured"
+    assert found["reach"].detail == f"{asked}, in segments of {segment}"
 
 
 def test_check_passes_any_length_without_segments() -> None:

@@ -5,7 +5,7 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torch import nn
 from tbptt.adapters.conventions import Call
 from tbptt.adapters.protect import overwrites_what_it_needs, protected
 from tbptt.errors import ShapeError
+from tbptt.pathways import HasSegments
 from tbptt.tree import Tree, copy, tensors
 
 __all__ = ["Stateful", "StatefulFrom"]
@@ -35,6 +36,7 @@ class Stateful(nn.Module):
         call: Call,
         in_place: Literal["auto", "protect", "leave"],
         initial: Callable[[int], Tree] | None,
+        pathways: Callable[[Tree], Mapping[str, Tree]] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -42,6 +44,7 @@ class Stateful(nn.Module):
         self.overwrites: dict[str, bool] = {}
         self._call = call
         self._initial = initial
+        self._pathways = pathways
 
     def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
         """Run the module over inputs (T, B, ...) from `state`, which stays as it is.
@@ -62,6 +65,14 @@ class Stateful(nn.Module):
                     f"or it is wrong in windows of {size[0]} steps",
                 )
         return outputs, state
+
+    def pathways(self, state: Tree) -> Mapping[str, Tree]:
+        """Return by which ways the past comes, where that was said: see `tbptt.pathways.HasPathways`."""
+        return {} if self._pathways is None else self._pathways(state)
+
+    def segment_steps(self) -> int | None:
+        """Return the steps of a segment, where the module says so: see `tbptt.pathways.HasSegments`."""
+        return self.module.segment_steps() if isinstance(self.module, HasSegments) else None
 
     def _start(self, lanes: int) -> Tree | None:
         return None if self._initial is None else self._initial(lanes)

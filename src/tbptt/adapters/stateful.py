@@ -13,6 +13,7 @@ from tbptt.adapters.inside import Inside
 from tbptt.adapters.model import Stateful, StatefulFrom
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.model import HasInitialState
+from tbptt.pathways import HasPathways
 from tbptt.tree import Tree
 
 __all__ = ["stateful"]
@@ -30,6 +31,7 @@ def stateful(
     one_step: bool = False,
     max_steps: int | None = None,
     initial: Callable[[int], Tree] | None = None,
+    pathways: Callable[[Tree], Mapping[str, Tree]] | None = None,
     in_place: Literal["auto", "protect", "leave"] = "auto",
 ) -> Stateful:
     """Make a model of a module that is called in another way.
@@ -53,6 +55,9 @@ def stateful(
             steps. Left out: any number.
         initial: `initial(lanes) -> state`; left out: the module's own `initial_state`, if it has one. With
             `inside` a state is a dict by "path.of.submodule:attribute".
+        pathways: `pathways(state) -> {"recurrence": ..., "attention": ...}`, parts of the state by the way in which the
+            past comes through them, for `tbptt.horizon` and `tbptt.check` to tell apart; left out: the module's own
+            `pathways`, if it has one. See `tbptt.pathways.HasPathways`.
         in_place: what to do about a module that overwrites what its backward pass needs. "auto": find out at
             the first call with a graph, and protect where it is needed. "protect": always. "leave": never.
 
@@ -97,8 +102,10 @@ def stateful(
         chosen = Pieces(chosen, max_steps)
     if initial is None and not inside and isinstance(module, HasInitialState):
         initial = module.initial_state
+    if pathways is None and isinstance(module, HasPathways):
+        pathways = module.pathways
     kind = Stateful if initial is None else StatefulFrom
-    return kind(module, chosen, in_place, initial)
+    return kind(module, chosen, in_place, initial, pathways)
 
 
 def _check_choices(in_place: str, max_steps: object, inside: object) -> None:

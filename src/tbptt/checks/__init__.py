@@ -9,6 +9,7 @@ from torch import nn
 
 from tbptt.checks.carry import detached_training, gradient_carry, value_carry
 from tbptt.checks.lanes import in_place_safety, lane_independence, reset, state
+from tbptt.checks.pathways import pathways
 from tbptt.checks.reach import Reach, measure_reach, reach
 from tbptt.checks.report import CheckItem, CheckReport
 from tbptt.checks.trial import Trial
@@ -42,13 +43,15 @@ def check(
 
     The experiments run on a copy, in double precision where the model allows that: one pass against chunks,
     aligned, uneven and single steps, for outputs and for gradients; training cut at each chunk; two chunks
-    before one backward pass; one lane changed; one lane reset. Where part of the model computes in float32
+    before one backward pass; one lane changed; one lane reset; and of a model that says by which ways its past comes
+    (`tbptt.pathways`), whether each is used and sends a gradient back. Where part of the model computes in float32
     whatever it is asked for, what rounding does to it is measured and allowed for.
 
     Args:
         model: what is to be trained.
         example: a window, or inputs (T, B, ...) alone, like those it will be trained on; at least 3 steps, of
-            which at most 24 are used, and at most 4 lanes; all steps where the model does not take so few.
+            which at most 24 are used, and at most 4 lanes; all steps where the model does not take so few. For a model
+            with segments, at least three of them.
         estimator: whose reach to measure, on top of the model's own questions; left out: none.
         chunks: lengths of the chunks, two or more; left out: three of a third each.
 
@@ -75,6 +78,7 @@ def check(
         items = [_ask(lambda: state(trial), "state")]
         if items[0].passed:  # without a state there is nothing else to ask
             items += [_ask(lambda ask=ask: ask(trial), ask.__name__) for ask in _QUESTIONS]
+            items += _pathways(trial)
         if estimator is not None and all(item.passed for item in items):
             takes_steps = not isinstance(items[1].measured.get("steps"), str)
             items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))
@@ -103,6 +107,12 @@ def check_on_stream(model: nn.Module, stream: Stream, estimator: Estimator, step
 def _name(model: nn.Module) -> str:
     inner = model._modules.get("module")  # pyright: ignore[reportPrivateUsage]
     return type(model).__name__ if inner is None else f"{type(model).__name__}({type(inner).__name__})"
+
+
+def _pathways(trial: Trial) -> list[CheckItem]:
+    """Return by which ways the past comes, of a model that has several and says so; else nothing."""
+    item = _ask(lambda: pathways(trial) or CheckItem("pathways", "ok", ""), "pathways")
+    return [item] if item.detail else []
 
 
 def _exactness(trial: Trial, estimator: Estimator) -> list[CheckItem]:

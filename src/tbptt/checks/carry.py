@@ -90,7 +90,11 @@ def _exceeds(value: float | str, tolerance: float) -> bool:
 
 def _refused(found: dict[str, float | str]) -> str:
     words = {"uneven": "other lengths than these", "steps": "single steps"}
-    said = [f"; it takes no {words[label]}: {value}" for label, value in found.items() if isinstance(value, str)]
+    said = [
+        f"; it takes no {words[label]}: {value}"
+        for label, value in found.items()
+        if isinstance(value, str) and label in words
+    ]
     return "".join(said)
 
 

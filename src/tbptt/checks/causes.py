@@ -18,6 +18,7 @@ __all__ = [
     "NO_STATE",
     "RANDOM",
     "STARTS_ELSEWHERE",
+    "disturbed",
     "of_gradients",
     "of_values",
     "overwrites",
@@ -114,7 +115,7 @@ def of_values(trial: Trial, found: dict[str, float | str], wrong: list[str]) -> 
         cause = (
             "its outputs depend on where the sequence is cut: the state does not hold, or not use, all that is needed"
         )
-    if "steps" not in wrong and isinstance(found["steps"], float):
+    if "steps" not in wrong and isinstance(found.get("steps"), float):
         return cause, "tbptt.stateful(model, max_steps=1): in single steps it is right"
     if wrong == ["steps"]:
         return cause, "windows of two steps or more, in which it is right"
@@ -149,12 +150,13 @@ def _without_influence(trial: Trial, sizes: list[int], state: Tree) -> list[str]
     found: list[str] = []
     for index, leaf in enumerate(leaves):
         if leaf.is_floating_point() or leaf.is_complex():
-            changed = [_disturbed(each) if at == index else each.clone() for at, each in enumerate(leaves)]
+            changed = [disturbed(each) if at == index else each.clone() for at, each in enumerate(leaves)]
             outputs, _ = trial.run(following, replace_tensors(state, changed))
             if apart(usual, outputs) == 0:
                 found.append(names[index])
     return found
 
 
-def _disturbed(leaf: Tensor) -> Tensor:
+def disturbed(leaf: Tensor) -> Tensor:
+    """Return other numbers of about the same size."""
     return leaf + torch.randn_like(leaf) * (leaf.abs().mean() + 0.1)

@@ -21,6 +21,7 @@ from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial
 from tbptt.estimators.base import Carry, Estimator
 from tbptt.model import fork_random, initial_state, trainable_parameters
+from tbptt.pathways import segment_steps
 from tbptt.tree import Tree, tensors, time_cat, time_slice, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -64,17 +65,19 @@ def reach(trial: Trial, estimator: Estimator, *, takes_steps: bool) -> CheckItem
     if not asked:
         return CheckItem("reach", "note", "not measured: this estimator's gradient does not show it")
     longest = max(asked)
-    if not takes_steps:
+    unit = segment_steps(trial.model)
+    if not takes_steps and unit == 1:
         return CheckItem("reach", "note", "not measured: the model takes no single steps")
     if (longest // steps + 3) * (longest + steps) > REACH_BUDGET:
         return CheckItem("reach", "ok", f"not measured here: {longest} steps back would take minutes")
-    copies = min(longest + 2 * steps, FINE)
+    copies = min((longest + 2 * steps) // unit, FINE)
     if copies * sum(each.numel() for each in trainable_parameters(trial.model).values()) > WEIGHTS_BUDGET:
         return CheckItem("reach", "ok", f"not measured here: it takes {copies} copies of the weights")
     one_lane = tree_map(lambda leaf: leaf[:, :1], trial.window.inputs)
     injected = [step for step, each in enumerate(asked) if each]
     found = measure_reach(trial.model, one_lane, estimator, sorted({injected[0], injected[-1]}))
     detail = "; ".join(f"{each.asked} steps asked, {each.measured} measured" for each in found)
+    detail += f", in segments of {unit}" if unit > 1 else ""
     if all(each.agrees for each in found):
         short = any(each.model < each.asked for each in found)
         return CheckItem("reach", "ok", detail + (" (the model itself sends back no more)" if short else ""))
@@ -117,7 +120,7 @@ def measure_reach(
     """Measure how far the losses at some steps of a window reach.
 
     The estimator is run, window after window, until the stream is older than its look-back; the losses of the
-    next window are then injected one at a time.
+    next window are then injected one at a time. With a model that is cut into segments it is known to a segment.
 
     Args:
         model: the model; in double precision a gradient can vanish much further before it is lost.
@@ -132,8 +135,10 @@ def measure_reach(
     steps = estimator.next_steps(estimator.init(model, tensors(inputs)[0].shape[1]))
     asked, before = _asked(estimator, steps)
     chosen = range(steps) if positions is None else positions
-    edges = {before + at - asked[at] + extra for at in chosen for extra in (0, 1, 2)}
-    cuts = sorted(edges if before + steps > FINE else range(before + steps))
+    unit = segment_steps(model)
+    begins = [before + at + 1 - asked[at] for at in chosen]  # the first step that each is to reach
+    edges = {begin // unit * unit + extra * unit for begin in begins for extra in (-1, 0, 1)}
+    cuts = sorted(edges if (before + steps) // unit > FINE else range(0, before + steps, unit))
     group_of, firsts = _group(before + steps, cuts)
     with fork_random(tensors(inputs)[0].device):
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tbptt.checks.precision import apart, computes_narrower, distance, in_double, project
 from tbptt.errors import ConfigError, ShapeError
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
+from tbptt.pathways import segment_steps
 from tbptt.tree import LaneDims, Tree, detach, time_cat, time_slice, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -34,7 +35,8 @@ class Trial:
     Args:
         model: the copy; in double precision where the model allows that.
         window: the example; its inputs only.
-        plans: the ways to cut it, by name: lengths of consecutive chunks, from its first step on.
+        plans: the ways to cut it, by name: lengths of consecutive chunks, from its first step on. "elsewhere", in
+            place of single steps, for a model that says that it is cut into segments: it is to refuse that.
         dims: the lane dimensions of the state.
         value_tolerance: the relative difference below which two outputs count as one.
         gradient_tolerance: the same for two gradients.
@@ -57,14 +59,14 @@ class Trial:
             ShapeError: the example is too short for its chunks, or to be cut at all.
             ConfigError: chunks that are none.
         """
-        sizes = _sizes(example, chunks)
+        sizes = _sizes(example, chunks, segment_steps(model))
         device = next(model.parameters()).device
         inputs = to(tree_map(lambda leaf: leaf[: sum(sizes), :MAX_LANES], example.inputs), device)
         if chunks is None and not _runs(model, inputs, sizes):  # some take certain lengths only
             whole = to(tree_map(lambda leaf: leaf[:, :MAX_LANES], example.inputs), device)
             sizes = next((each for each in _others(example.steps) if _runs(model, whole, each)), sizes)
             inputs = time_slice(whole, 0, sum(sizes))
-        plans = {"chunks": sizes, "uneven": _uneven(sizes), "steps": [1] * min(sum(sizes), MAX_STEPS)}
+        plans = _plans(sizes, segment_steps(model))
         as_is = Trial(copy.deepcopy(model), Window(inputs), plans, None, 1e-4, 1e-4, "its own precision")
         doubled = in_double(as_is.model, inputs)
         if doubled is None:
@@ -142,8 +144,10 @@ def row(values: Mapping[str, float | str]) -> str:
     return ", ".join(shown)
 
 
-def _sizes(example: Window, chunks: Sequence[int] | None) -> list[int]:
+def _sizes(example: Window, chunks: Sequence[int] | None, segment: int) -> list[int]:
     if chunks is None:
+        if segment > 1:
+            return _segments(example.steps, segment)
         if example.steps < 3:
             raise ShapeError(
                 f"an example of at least 3 steps was expected, but {example.steps} came: "
@@ -167,9 +171,28 @@ def _sizes(example: Window, chunks: Sequence[int] | None) -> list[int]:
     return sizes
 
 
+def _segments(steps: int, segment: int) -> list[int]:
+    """Return the chunks for a model that is cut into segments: three of one segment, or of several short ones."""
+    chunk = segment * max(1, min(steps, MAX_STEPS) // 3 // segment)
+    if steps < 3 * chunk:
+        raise ShapeError(
+            f"an example of at least three segments of {segment} steps was expected, but {steps} steps came: the "
+            "model can be cut at the end of a segment only, and one pass is compared with chunks of it",
+            fix=f"tbptt.check(model, torch.randn({3 * segment}, 4, features))",
+        )
+    return [chunk] * 3
+
+
 def _thirds(steps: int) -> list[int]:
     third = steps // 3
     return [third, third, steps - 2 * third]
+
+
+def _plans(sizes: list[int], segment: int) -> dict[str, list[int]]:
+    if segment == 1:
+        return {"chunks": sizes, "uneven": _uneven(sizes), "steps": [1] * min(sum(sizes), MAX_STEPS)}
+    longer = [sizes[0] + sizes[1], *sizes[2:]]  # in segments as well; and where it says that it must not be cut
+    return {"chunks": sizes, "uneven": longer, "elsewhere": _uneven(sizes)}
 
 
 def _uneven(sizes: list[int]) -> list[int]:

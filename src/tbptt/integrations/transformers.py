@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tbptt.adapters import Stateful, stateful
 from tbptt.errors import CapabilityError
-from tbptt.tree import Tree
+from tbptt.tree import Tree, tensors
 
 __all__ = ["recurrent"]
 
@@ -59,7 +59,8 @@ def recurrent(module: nn.Module, *, in_place: Literal["auto", "protect", "leave"
     way = _WAYS.get(kind, _run)
     if keyword == "past_key_values" and kind not in _WAYS and not any(map(_is_attention, _empty_cache(module).layers)):
         way = _no_attention
-    return stateful(module, _Call(way, keyword), max_steps=1 if kind in SINGLE_STEPS else None, in_place=in_place)
+    steps = 1 if kind in SINGLE_STEPS else None
+    return stateful(module, _Call(way, keyword), max_steps=steps, pathways=_pathways, in_place=in_place)
 
 
 def _run(module: nn.Module, keyword: str, inputs: Tensor, state: Tree | None, **more: Tensor) -> tuple[Tensor, Any]:
@@ -113,6 +114,17 @@ def _rwkv(module: nn.Module, keyword: str, inputs: Tensor, state: Any) -> tuple[
     results = [_run(module, keyword, inputs[:, lane : lane + 1], given[lane]) for lane in lanes]
     outputs, states = zip(*results, strict=True)
     return torch.cat(outputs, 1), [torch.cat(leaves) for leaves in zip(*states, strict=True)]
+
+
+def _pathways(state: Any) -> dict[str, Tree]:
+    """Tell the keys and values of hybrids' attention from the rest of their cache; other states have one way only."""
+    layers: list[Any] = list(getattr(state, "layers", []))
+    cached = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    attended = [each for each in cached if isinstance(each, Tensor)]
+    if not attended:
+        return {}
+    known = {id(each) for each in attended}
+    return {"attention": attended, "recurrence": [each for each in tensors(state) if id(each) not in known]}
 
 
 _WAYS = {"bamba": _bamba, "minimax": _minimax, "rwkv": _rwkv}

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.models.arguments import check_numbers, check_sizes
+from tbptt.tree import Tree
 
 __all__ = ["Attentive"]
 
@@ -97,6 +98,10 @@ class Attentive(nn.Module):
     def memories(self) -> tuple[int, ...]:
         """Return the place of the memory among the state's tensors; see `tbptt.recurrence.HasMemories`."""
         return (_MEMORY,)
+
+    def pathways(self, state: State) -> dict[str, Tree]:
+        """Return by which ways the past comes: see `tbptt.pathways.HasPathways`."""
+        return {"recurrence": state[:_MEMORY], "attention": state[_MEMORY]}
 
     def forward(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Run over a window.

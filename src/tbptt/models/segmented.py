@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tbptt.errors import ConfigError, ShapeError
 from tbptt.models.arguments import check_dropout, check_numbers, check_sizes, embedded
 from tbptt.models.attention import Block, Layout
-from tbptt.tree import tensors
+from tbptt.tree import Tree, tensors
 
 __all__ = ["SegmentState", "SegmentTransformer"]
 
@@ -135,6 +135,14 @@ class SegmentTransformer(nn.Module):
             self.first_tokens.expand(lanes, -1, -1) if self.memory_tokens else None,
             None if self.segment is None else none_yet.clone(),
         )
+
+    def pathways(self, state: SegmentState) -> dict[str, Tree]:
+        """Return by which ways the past comes: see `tbptt.pathways.HasPathways`."""
+        return {"attention": state.memory, "memory": state.tokens}
+
+    def segment_steps(self) -> int | None:
+        """Return S, which windows and look-backs are multiples of; see `tbptt.pathways.HasSegments`."""
+        return self.segment
 
     def forward(self, inputs: Tensor, state: SegmentState | None = None) -> tuple[Tensor, SegmentState]:
         """Run over a window.
