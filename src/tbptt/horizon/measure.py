@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from tbptt.horizon.costs import measure_costs
 from tbptt.horizon.fresh import diverged, fresh_loss, has_diverged
 from tbptt.horizon.lyapunov import lyapunov_exponents
 from tbptt.horizon.report import HorizonReport
-from tbptt.horizon.samples import Plan, Samples, places, sample
+from tbptt.horizon.samples import Plan, Samples, places, sample, ways_of
 from tbptt.horizon.statistics import GradientStatistics, band
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, fork_random, left_as_it_was
+from tbptt.pathways import segment_steps
 from tbptt.streams.base import Stream
 from tbptt.tree import differentiable
 
@@ -46,8 +48,9 @@ def measure(
     max_lag: int | None = None,
     probes: int = 16,
     lookbacks: Sequence[int] | None = None,
-    resolution: int = 1,
+    resolution: int | None = None,
     burn_in: int | None = None,
+    pathways: bool = True,
     gradients: bool = True,
     context: bool = True,
     costs: bool = True,
@@ -74,8 +77,11 @@ def measure(
             until a look-back of half of it cuts off less than 1 %, and is context enough.
         probes: losses sent back; at least 3 for an uncertainty.
         lookbacks: the look-backs whose gradients are compared; left out: about four to a doubling.
-        resolution: the steps between two lags, for models that take no shorter chunks.
+        resolution: the steps between two lags, for models that take no shorter chunks; left out: those of a segment
+            where the model says so (`tbptt.pathways.HasSegments`), else 1.
         burn_in: steps run before the first probe; left out: max_lag.
+        pathways: whether to tell apart by which ways the gradient goes back, where a model says which it has
+            (`tbptt.pathways.HasPathways`): attention, memory, recurrence.
         gradients: whether to compare the parameters' gradients.
         context: whether to measure the loss with little context.
         costs: whether to measure time and memory of each look-back.
@@ -94,7 +100,8 @@ def measure(
     Exactness: each probe's gradients are exact (autograd) for its look-back; up to 32768 parameters so are their inner
         products, beyond they are sketched (`Sketch`). The closed forms are in tests/horizon.
     Cost: a probe is a forward and a backward pass over max_lag steps in as many pieces as there are lags, and with
-        context a forward pass for each look-back.
+        context a forward pass for each look-back. Telling ways apart: one piece for each step, or segment, and a
+        backward pass for each way.
 
     Example:
         >>> import torch, tbptt
@@ -105,8 +112,11 @@ def measure(
         True
     """
     check_trainable(model)
+    segment = segment_steps(model)
+    resolution = segment if resolution is None else resolution
     settings = {"max_lag": max_lag, "probes": probes, "resolution": resolution, "burn_in": burn_in}
     _check(settings)
+    _check_segments(resolution, segment)
     _refuse_broken(model)
     if checked:
         _refuse_unfit(model, stream, resolution)
@@ -124,6 +134,8 @@ def measure(
             draws = np.random.default_rng(seed)
             before = plan.longest if burn_in is None else burn_in
             found = places(model, step_loss, stream, plan.longest, probes, before, draws, resolution)
+            if pathways:
+                plan = replace(plan, ways=ways_of(model, found[-1], resolution))
             seen = sample(model, step_loss, found, plan)
             statistics = None if seen.gradients is None else GradientStatistics(seen.gradients)
             learned = None if seen.context is None else _uses_its_past(seen.context[:, 0], seen.losses)
@@ -148,6 +160,8 @@ def measure(
                 model=type(model).__name__,
                 notes=tuple(notes),
                 fresh_loss=loss_of_fresh,
+                resolution=resolution,
+                pathways=seen.ways,
             )
     finally:
         stream.load_state_dict(start)
@@ -161,6 +175,15 @@ def _check(settings: dict[str, Any]) -> None:
                 f"{name} was expected to be a whole number, at least {least[name]}, but is {value!r}",
                 fix="tbptt.horizon.measure(model, loss, stream, max_lag=256)",
             )
+
+
+def _check_segments(resolution: int, segment: int) -> None:
+    if resolution % segment:
+        raise ConfigError(
+            f"a resolution in multiples of the model's segments of {segment} steps was expected, but {resolution} "
+            "came: it can be cut at their ends only",
+            fix=f"resolution={segment}, or leave it out",
+        )
 
 
 def _refuse_broken(model: nn.Module) -> None:

@@ -26,7 +26,8 @@ class Recommendation:
 
     Args:
         k1: steps between updates.
-        k2: look-back, so that every loss reaches `needed` steps back at least: needed + k1 - 1.
+        k2: look-back, so that every loss reaches `needed` steps back at least: needed + k1 - 1; of a model with
+            segments of S steps all three are multiples of S, and it is needed + k1 - S.
         needed: the look-back that a loss needs, its own step included; None when the curve is too short to say.
         low: lower end of needed's 95 % interval over probes.
         high: upper end; None where some of the resampled curves were too short to say.
@@ -190,46 +191,61 @@ def _by_context(context: Band, loss: float, tolerance: float) -> int | None:
     return None if too_short[-1] == len(context.at) - 1 else context.at[too_short[-1] + 1]
 
 
-def choose(needed: Need, costs: Costs | None, limits: Limits, tolerance: float, learned: bool | None) -> Recommendation:
-    """Return k1 and k2.
+def choose(
+    needed: Need, costs: Costs | None, limits: Limits, tolerance: float, learned: bool | None, segment: int = 1
+) -> Recommendation:
+    """Return k1 and k2, both in multiples of a segment.
 
     Without limits k1 is half of what is needed: two updates in the time that a dependency lasts, at three times the
     cost of the plainest windows.
 
     Raises:
-        ConfigError: the curve is too short to say what is needed, and no memory limit says where to stop.
+        ConfigError: the curve is too short to say what is needed, and no memory limit says where to stop; or a k1 was
+            given that is no multiple of a segment.
     """
     why = _reasons(needed, tolerance)
-    cap = _cap(costs, limits, why)
-    steps = needed.steps
+    cap = _cap(costs, limits, segment, why)
+    steps = None if needed.steps is None else _up(needed.steps, segment)
     if steps is None and cap is None:
         raise ConfigError(
             f"a dependency that ends within the {needed.longest} lags measured was expected, but beyond lies more "
             f"of it than a tolerance of {tolerance:g} allows: any k2 would be a guess",
             fix=f"measured again with max_lag={2 * needed.longest}; or memory=..., for the longest that fits",
         )
+    if limits.k1 is not None and limits.k1 % segment:
+        raise ConfigError(
+            f"a k1 in multiples of the model's segments of {segment} steps was expected, but {limits.k1} came",
+            fix=f"k1={_up(limits.k1, segment)}",
+        )
     target = steps if steps is not None else cap
     assert target is not None
-    k1 = limits.k1 or max(1, math.ceil(target / 2))
+    k1 = limits.k1 or _up(max(1, math.ceil(target / 2)), segment)
     met = steps is not None
-    if cap is not None and target + k1 - 1 > cap:
+    if cap is not None and target + k1 - segment > cap:
         if limits.k1 is None:
-            k1 = max(1, cap - target + 1)
-        if target + k1 - 1 > cap:
+            k1 = max(segment, cap - target + segment)
+        if target + k1 - segment > cap:
             met = False
-            why.append(f"The memory allows for {cap} steps, and {target + k1 - 1} would be needed.")
-    k2 = target + k1 - 1 if cap is None else min(cap, target + k1 - 1)
+            why.append(f"The memory allows for {cap} steps, and {target + k1 - segment} would be needed.")
+    k2 = target + k1 - segment if cap is None else min(cap, target + k1 - segment)
     if limits.time is not None:
-        k1, k2, fast = _fast_enough(_of(costs, "time"), limits, target, k1, k2, cap, why)
+        k1, k2, fast = _fast_enough(_of(costs, "time"), limits, target, k1, k2, cap, segment, why)
         met = met and fast
+    if segment > 1:
+        why.append(f"In whole segments of {segment} steps, which the model cannot be cut within.")
     if learned is False:
         why.append(
-            "The model makes no use of its past yet: with one step of context its loss is as low. The curve of such a "
-            "model is a lower bound; train on with a longer k2 or Adaptive(min=...), and measure again."
+            f"The model makes no use of its past yet: with {'one step' if segment == 1 else 'one segment'} of context "
+            "its loss is as low. The curve of such a model is a lower bound; train on with a longer k2 or "
+            "Adaptive(min=...), and measure again."
         )
     else:
         why.append("Measured at these weights: as the model learns, more may be needed; measure again then.")
     return Recommendation(k1, k2, steps, needed.low, needed.high, tolerance, met, learned is False, tuple(why))
+
+
+def _up(steps: int, segment: int) -> int:
+    return -(-steps // segment) * segment
 
 
 def _reasons(needed: Need, tolerance: float) -> list[str]:
@@ -266,13 +282,14 @@ def _reasons(needed: Need, tolerance: float) -> list[str]:
     return why
 
 
-def _cap(costs: Costs | None, limits: Limits, why: list[str]) -> int | None:
+def _cap(costs: Costs | None, limits: Limits, segment: int, why: list[str]) -> int | None:
     if limits.memory is None:
         return None
-    cap = _of(costs, "memory").longest_within(limits.memory)
+    cap = _of(costs, "memory").longest_within(limits.memory) // segment * segment
     if cap < 1:
+        one = "one step" if segment == 1 else f"one segment of {segment} steps"
         raise ConfigError(
-            f"memory for one step at least was expected, {_of(costs, 'memory').bytes_at(1):.0f} bytes, but "
+            f"memory for {one} at least was expected, {_of(costs, 'memory').bytes_at(segment):.0f} bytes, but "
             f"{limits.memory:.0f} came",
             fix="more memory, or fewer lanes",
         )
@@ -281,16 +298,16 @@ def _cap(costs: Costs | None, limits: Limits, why: list[str]) -> int | None:
 
 
 def _fast_enough(
-    costs: Costs, limits: Limits, target: int, k1: int, k2: int, cap: int | None, why: list[str]
+    costs: Costs, limits: Limits, target: int, k1: int, k2: int, cap: int | None, segment: int, why: list[str]
 ) -> tuple[int, int, bool]:
     """Lengthen k1, so that the look-back is run less often, until a step is fast enough."""
     assert limits.time is not None
     while costs.seconds_at(k2) / k1 > limits.time:
-        longer = k1 + max(1, k1 // 8)
-        if limits.k1 is not None or (cap is not None and target + longer - 1 > cap) or longer > 64 * target:
+        longer = _up(k1 + max(1, k1 // 8), segment)
+        if limits.k1 is not None or (cap is not None and target + longer - segment > cap) or longer > 64 * target:
             why.append(f"A step takes {costs.seconds_at(k2) / k1:.3g} s, longer than the {limits.time:.3g} s allowed.")
             return k1, k2, False
-        k1, k2 = longer, target + longer - 1
+        k1, k2 = longer, target + longer - segment
     why.append(f"A step takes {costs.seconds_at(k2) / k1:.3g} s.")
     return k1, k2, True
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tbptt.curve import Floats, decay_rate, dense, relative_bound
@@ -15,6 +15,7 @@ from tbptt.horizon.costs import Costs
 from tbptt.horizon.fresh import diverged, has_diverged
 from tbptt.horizon.recommend import Limits, Recommendation, check_tolerance, choose, need
 from tbptt.horizon.statistics import Band
+from tbptt.horizon.ways import Way
 
 __all__ = ["HorizonReport"]
 
@@ -44,6 +45,8 @@ class HorizonReport:
         model: its class.
         notes: what a reader should know.
         fresh_loss: the same of a copy with fresh weights; nan where not all of its modules can draw them.
+        resolution: steps between two lags; of a segment where the model has segments.
+        pathways: the gradient told apart by the ways in which it goes back, by name; empty for a model with one.
     """
 
     state: Band
@@ -63,6 +66,8 @@ class HorizonReport:
     model: str
     notes: tuple[str, ...]
     fresh_loss: float = math.nan
+    resolution: int = 1
+    pathways: Mapping[str, Way] = field(default_factory=dict[str, Way])
 
     @property
     def has_diverged(self) -> bool:
@@ -99,16 +104,43 @@ class HorizonReport:
     def _phi(self) -> Floats:
         return dense(self.state.at, self.state.mean)
 
-    def lag_of_share(self, share: float) -> int:
+    def lag_of_share(self, share: float, pathway: str | None = None) -> int:
         """Return within how many steps that share of the measured gradient mass lies, the loss's own included.
 
         Args:
             share: above 0 and up to 1.
+            pathway: of what comes through this one alone; left out: of all.
+
+        Raises:
+            ConfigError: another share, or a pathway that was not told apart.
         """
         if not 0 < share <= 1:
             raise ConfigError(f"a share above 0 and up to 1 was expected, but {share!r} came", fix="0.9")
-        mass = self._phi[:-1].cumsum()
+        mass = (self._phi if pathway is None else self._alone(pathway))[:-1].cumsum()
         return int((mass < share * mass[-1] * (1 - 1e-12)).sum()) + 1
+
+    def share_of(self, pathway: str) -> float:
+        """Return which share of what crosses from step to step, or segment to segment, is this pathway's; 0 to 1.
+
+        Of the norms, summed over lags, of each pathway's part of the state's gradient.
+
+        Raises:
+            ConfigError: a pathway that was not told apart.
+        """
+        self._alone(pathway)
+        crossing = {name: dense(each.crossing.at, each.crossing.mean).sum() for name, each in self.pathways.items()}
+        total = sum(crossing.values())
+        return float(crossing[pathway] / total) if total else 0.0
+
+    def _alone(self, pathway: str) -> Floats:
+        if pathway not in self.pathways:
+            raise ConfigError(
+                f"one of the pathways told apart was expected, {', '.join(self.pathways) or 'of which there are none'},"
+                f" but {pathway!r} came",
+                fix="report.pathways has their names; a model says them by def pathways(self, state)",
+            )
+        alone = self.pathways[pathway].alone
+        return dense(alone.at, alone.mean)
 
     def recommend(
         self,
@@ -149,7 +181,7 @@ class HorizonReport:
         context = self.context if self.learned else None
         trained = not self.loss >= self.fresh_loss  # also where that is nan
         needed = need(self.state.at, self.samples, self.bias, context, self.loss, tolerance, trained=trained)
-        return choose(needed, self.costs, limits, tolerance, self.learned)
+        return choose(needed, self.costs, limits, tolerance, self.learned, self.resolution)
 
     def tables(self) -> dict[str, dict[str, list[Any]]]:
         """Return all numbers as tables: by name, columns by name."""
@@ -157,6 +189,8 @@ class HorizonReport:
         tables = {"lags": lags}
         if self.inputs is not None:
             tables["input_lags"] = _columns("gradient_of_input", "lag", self.inputs)
+        for name, way in self.pathways.items():
+            tables |= _of_way(name, way)
         rows: dict[str, list[Any]] = {"lookback": list(self.lookbacks), "cut_off": list(self.cut_off.mean)}
         for name, each in (
             ("bias", self.bias),
@@ -184,6 +218,8 @@ class HorizonReport:
             "decay_rate": self.decay_rate,
             "half_life": self.half_life,
             "lyapunov": self.lyapunov,
+            "resolution": self.resolution,
+            "shares": {name: self.share_of(name) for name in self.pathways},
             "learned": self.learned,
             "notes": list(self.notes),
         }
@@ -199,6 +235,11 @@ class HorizonReport:
         ]
         if self.lyapunov is not None:
             lines.append(f"  Lyapunov  {self.lyapunov:+.4g} a step: {_of_exponent(self.lyapunov)}")
+        if self.resolution > 1:
+            lines.append(f"  segments  of {self.resolution} steps, at whose ends alone the model can be cut")
+        for name in self.pathways:
+            within = ", ".join(f"{share * 100:g} % within {self.lag_of_share(share, name)}" for share in (0.5, 0.9))
+            lines.append(f"  through   {name}: {self.share_of(name):.0%} of what crosses; alone {within} steps")
         lines += ["", *_as_text(_head(self)), *(f"  note: {note}" for note in self.notes)]
         return "\n".join(lines)
 
@@ -214,6 +255,15 @@ def _of_exponent(exponent: float) -> str:
 
 def _columns(name: str, at: str, band: Band) -> dict[str, list[Any]]:
     return {at: list(band.at), name: list(band.mean), f"{name}_low": list(band.low), f"{name}_high": list(band.high)}
+
+
+def _of_way(name: str, way: Way) -> dict[str, dict[str, list[Any]]]:
+    """Return the tables of one way: by lag of the state, and of the input."""
+    crossing, alone = _columns("crossing", "lag", way.crossing), _columns("alone", "lag", way.alone)
+    tables = {f"{name}_lags": crossing | alone}
+    if way.inputs is not None:
+        tables[f"{name}_input_lags"] = _columns("alone", "lag", way.inputs)
+    return tables
 
 
 def _head(report: HorizonReport) -> list[list[str]]:

@@ -5,8 +5,10 @@ Letters: T time, B lanes, N probes, L longest lag, K lags or look-backs, M numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,14 +21,16 @@ from tbptt.estimators.probe import run_chain
 from tbptt.estimators.segments import Gradients, add, lane_norms, walk_back
 from tbptt.horizon.inputs import InputTap, has_any
 from tbptt.horizon.statistics import Sketch
+from tbptt.horizon.ways import Way, parts_crossing, ways_back
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, trainable_parameters
+from tbptt.pathways import pathways_of
 from tbptt.streams.base import Stream
 from tbptt.tree import LaneDims, Tree, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Place", "Plan", "Samples", "places", "sample", "with_context"]
+__all__ = ["Place", "Plan", "Samples", "places", "sample", "ways_of", "with_context"]
 
 _NEAR = 16
 """Steps after the last lag among which a loss with a target is looked for."""
@@ -43,12 +47,14 @@ class Plan:
         lookbacks: whose gradients are compared, rising to L; each is one of the lags.
         gradients: whether they are.
         context: whether the loss with little context is measured.
+        ways: by which the past comes, to be told apart; none for all as one.
     """
 
     lags: tuple[int, ...]
     lookbacks: tuple[int, ...]
     gradients: bool = True
     context: bool = True
+    ways: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -83,6 +89,7 @@ class Samples:
         gradients: sketches of the parameters' gradient for each look-back. Shape (N, K, M); None if not asked for.
         losses: of the probes. Shape (N,).
         context: the same losses with only so many steps of context. Shape (N, K); None if not asked for.
+        ways: the state's and the input's gradient told apart, by way.
     """
 
     state: Floats
@@ -90,6 +97,7 @@ class Samples:
     gradients: Tensor | None
     losses: Floats
     context: Floats | None
+    ways: dict[str, Way]
 
 
 def places(
@@ -176,6 +184,15 @@ def _last_target(loss: StepLoss, window: Window, longest: int) -> int | None:
     return steps[-1] if steps and steps[-1] >= max(longest, window.steps - _NEAR) else None
 
 
+def ways_of(model: nn.Module, place: Place, resolution: int) -> tuple[str, ...]:
+    """Return by which ways the past comes, as the model tells them apart; none for one way only."""
+    state = place.state
+    if state is None:
+        with torch.no_grad():
+            _, state = unroll(model, place.window[:resolution], None, place.dims)
+    return tuple(pathways_of(model, state))
+
+
 def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan) -> Samples:
     """Send the loss of each place back, and measure on its way.
 
@@ -183,7 +200,7 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
         NonFiniteError: a loss or a gradient is not a finite number.
 
     Cost: for each place a pass forward and back over L steps in as many pieces as there are lags; with context, one
-        forward pass for each look-back.
+        forward pass for each look-back. With ways: in pieces as short as can be, and a backward pass more for each.
     """
     parameters = list(trainable_parameters(model).values())
     sketch = Sketch(sum(each.numel() for each in parameters))
@@ -192,11 +209,14 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
     gradients: list[Tensor] = []
     losses: list[float] = []
     context: list[list[float]] = []
+    ways: dict[str, list[_OneWay]] = {name: [] for name in plan.ways}
     for place in found:
         tap = InputTap(model) if has_any(place.window.inputs, model) else None
         probe = _Sent(model, loss, place, plan, parameters if plan.gradients else [], tap, sketch)
         states.append(probe.state)
         losses.append(probe.loss)
+        for name, each in probe.ways.items():
+            ways[name].append(each)
         if probe.inputs is not None:
             inputs.append(probe.inputs)
         if plan.gradients:
@@ -210,6 +230,7 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
         gradients=torch.stack(gradients) if plan.gradients else None,
         losses=np.array(losses),
         context=np.array(context) if plan.context else None,
+        ways={name: _over_probes(plan, each) for name, each in ways.items()},
     )
 
 
@@ -227,6 +248,17 @@ def _refuse_broken(measured: Sequence[Sequence[float | list[float] | Tensor]], c
             fix="weights from before it diverged, and a lower learning rate from there; or "
             "Window(mask=torch.isfinite(...)), if it is the data",
         )
+
+
+_OneWay: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Of one probe and way: what crosses and what comes alone, shape (K,), and what arrives at the input, shape (L,)."""
+
+
+def _over_probes(plan: Plan, probes: Sequence[_OneWay]) -> Way:
+    crossing = torch.stack([crossing for crossing, _, _ in probes]).numpy()
+    alone = torch.stack([alone for _, alone, _ in probes]).numpy()
+    inputs = [arrived for _, _, arrived in probes if arrived is not None]
+    return Way.of(plan.lags, crossing, alone, torch.stack(inputs).numpy() if len(inputs) == len(probes) else None)
 
 
 class _Sent:
@@ -250,39 +282,63 @@ class _Sent:
         only = torch.zeros_like(newest.mask)
         only[news - 1 - place.early] = newest.mask[news - 1 - place.early]
         newest = replace(newest, mask=only)
-        cuts = [longest - lag for lag in plan.lags]
+        # inside of a piece ways cannot be told apart, so there it must be as short as it can be
+        lags = range(news, longest + 1, news) if plan.ways else plan.lags
+        cuts = [longest - lag for lag in lags]
         valid, count = loss.valid(newest)
-        lanes = valid[news - 1 - place.early]
-        if tap is None:
-            chain, begins = run_chain(model, loss, past, newest, place.dims, cuts)
-        else:
-            chain, begins = run_chain(model, loss, past, newest, place.dims, cuts, tap.enter)
-        asked = [[*parameters, *(tap.tapped[index] if tap else ())] for index in range(len(chain))]
+        self._lanes, self._count, self._dims = valid[news - 1 - place.early], count, place.dims
+        enter = nullcontext if tap is None else tap.enter
+        chain, begins = run_chain(model, loss, past, newest, place.dims, cuts, enter)
+        tapped = [list(tap.tapped[index]) if tap else [] for index in range(len(chain))]
+        asked = [[*parameters, *each] for each in tapped]
         total: Gradients = [None] * len(parameters)
         at_lag: dict[int, Tensor] = {}
+        parts: dict[int, dict[str, Tensor]] = {}
         pieces: list[Tensor] = []
         self.gradients: list[Tensor] = []
         last = chain[-1].loss
         assert last is not None
         self.loss = float(last.detach()) / count
-        for step in walk_back(chain, asked, torch.ones_like(last), to_start=True):
-            segment, lag = chain[step.index], longest - begins[step.index]
-            mine, of_inputs = step.gradients[: len(parameters)], step.gradients[len(parameters) :]
-            total = add(total, mine)
+        one = torch.ones_like(last)
+
+        def of_inputs(index: int, gradients: Gradients) -> Tensor:
+            assert tap is not None
+            return tap.norms(index, gradients, chain[index].steps)[:, self._lanes].mean(1).flip(0)
+
+        for step in walk_back(chain, asked, one, to_start=True, keep=bool(plan.ways)):
+            start, lag = chain[step.index].start, longest - begins[step.index]
+            total = add(total, step.gradients[: len(parameters)])
             if parameters and lag in plan.lookbacks:
                 known = [
                     torch.zeros_like(each) if gradient is None else gradient / count
                     for each, gradient in zip(parameters, total, strict=True)
                 ]
                 self.gradients.append(sketch(known))
-            if segment.start is not None:
-                norms = lane_norms(step.cotangent, segment.start, place.dims)
-                at_lag[lag] = norms[lanes].mean() if len(norms) == len(lanes) else norms.mean() / count**0.5
+            if start is not None:
+                at_lag[lag] = self._norm(step.cotangent, start)
+                parts[lag] = parts_crossing(model, plan.ways, start, step.cotangent, self._norm)
             if tap is not None:
-                pieces.append(tap.norms(step.index, of_inputs, segment.steps)[:, lanes].mean(1).flip(0))
-        zero = torch.zeros((), dtype=torch.float64)
-        self.state = torch.stack([at_lag.get(lag, zero).cpu() for lag in plan.lags])
+                pieces.append(of_inputs(step.index, step.gradients[len(parameters) :]))
+        self.state = _at(plan, at_lag)
         self.inputs = torch.cat(pieces).cpu() if tap is not None else None
+        alone = ways_back(model, plan.ways, chain, one, self._norm, tapped, None if tap is None else of_inputs)
+        self.ways: dict[str, _OneWay] = {}
+        for name, (at_start, arrived) in alone.items():
+            crossing = {lag: each[name] for lag, each in parts.items()}
+            by_lag = {longest - begins[index]: norm for index, norm in at_start.items()}
+            self.ways[name] = _at(plan, crossing), _at(plan, by_lag), None if arrived is None else arrived.cpu()
+
+    def _norm(self, cotangent: Gradients, start: Tree) -> Tensor:
+        """Return the mean norm over the lanes that have a target."""
+        norms = lane_norms(cotangent, start, self._dims)
+        if len(norms) == len(self._lanes):
+            return norms[self._lanes].mean()
+        return norms.mean() / self._count**0.5
+
+
+def _at(plan: Plan, found: Mapping[int, Tensor]) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.stack([found.get(lag, zero).cpu() for lag in plan.lags])
 
 
 def with_context(model: nn.Module, loss: StepLoss, place: Place, steps: int) -> float:

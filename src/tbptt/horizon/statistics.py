@@ -111,20 +111,20 @@ class GradientStatistics:
 
     def bias(self, at: Sequence[int]) -> Band:
         """Return ||E g_K - E g|| / ||E g|| for each look-back K, g the gradient of the longest."""
-        return self._band(at, lambda k, keep: _root(_pairs(self._off[k], keep)) / _root(self._full(keep)))
+        return self._band(at, lambda k, keep: _ratio(_root(_pairs(self._off[k], keep)), _root(self._full(keep))))
 
     def cosine(self, at: Sequence[int]) -> Band:
-        """Return the cosine of E g_K and E g."""
+        """Return the cosine of E g_K and E g; nan where E g_K is lost in the noise."""
         return self._band(
             at,
-            lambda k, keep: (
-                _pairs(self._with_longest[k], keep) / (_root(_pairs(self._own[k], keep)) * _root(self._full(keep)))
+            lambda k, keep: _ratio(
+                _pairs(self._with_longest[k], keep), _root(_pairs(self._own[k], keep)) * _root(self._full(keep))
             ),
         )
 
     def signed(self, at: Sequence[int]) -> Band:
         """Return <E g_K, E g> / ||E g||^2, which is negative where the look-back points the wrong way."""
-        return self._band(at, lambda k, keep: _pairs(self._with_longest[k], keep) / self._full(keep))
+        return self._band(at, lambda k, keep: _ratio(_pairs(self._with_longest[k], keep), self._full(keep)))
 
     def _full(self, keep: Floats) -> float:
         return _pairs(self._own[-1], keep)
@@ -163,3 +163,7 @@ def _pairs(products: Floats, keep: Floats) -> float:
 
 def _root(square: float) -> float:
     return math.sqrt(max(0.0, square))
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
