@@ -30,7 +30,7 @@ from tbptt.estimators import (
 )
 from tbptt.evaluate import evaluate
 from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
-from tbptt.length import Adaptive, Choice, Length, Ramp, RandomLength, scaled_rate
+from tbptt.length import Adaptive, Choice, Curriculum, Length, Ramp, RandomLength, scaled_rate
 from tbptt.loss import Loss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
@@ -63,6 +63,7 @@ __all__ = [
     "ClipNorm",
     "ClipValue",
     "Comparison",
+    "Curriculum",
     "EProp",
     "ESSingle",
     "ElementwiseRTRL",

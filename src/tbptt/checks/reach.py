@@ -113,6 +113,10 @@ class _Probe(nn.Module):
         """Return the model's own initial state, or None as at the start."""
         return initial_state(self.held[0], lanes)
 
+    def segment_steps(self) -> int:
+        """Return the steps of the model's own segments, or 1."""
+        return segment_steps(self.held[0])
+
 
 def measure_reach(
     model: nn.Module, inputs: Tree, estimator: Estimator, positions: list[int] | None = None

@@ -16,6 +16,7 @@ from tbptt.comparison.failures import Failures
 from tbptt.comparison.settings import longest_length, longest_window, prepared
 from tbptt.errors import EndOfStream, StreamError
 from tbptt.estimators.base import Estimator
+from tbptt.estimators.carry import unit_of
 from tbptt.streams.base import Stream
 from tbptt.tree import Tree
 from tbptt.window import Window
@@ -40,11 +41,13 @@ class Sizes:
         points: the number of spans.
         span: steps of each.
         burn_in: steps before the first, for states and look-backs to fill.
+        unit: that all of them are multiples of, in steps: a segment of the model.
     """
 
     points: int
     span: int
     burn_in: int
+    unit: int = 1
 
     @property
     def steps(self) -> int:
@@ -86,31 +89,33 @@ def plan(
 
     A span is a common multiple of the windows' lengths, so that none is cut short, unless that is more than four
     times the longest of them: then it is the longest. The burn-in is twice the longest look-back, and at least 256
-    steps, in whole spans. Neither is longer than 1024 steps unless asked for.
+    steps, in whole spans. Neither is longer than 1024 steps unless asked for. Both are in whole segments of the model.
 
     Args:
         inputs: an example, leaves (T, B, ...).
 
     Raises:
+        ConfigError: a span or a burn-in that was given cuts a segment.
         Exception: what the first estimator raised, if all of them do.
     """
     windows: list[int] = []
-    reached = 0
+    reached, unit = 0, unit_of(model, span=span, burn_in=burn_in)
+    longest_span = max(unit, _LONGEST // unit * unit)
     for name, each in estimators.items():
         with failures.kept(name):
             steps = each.next_steps(each.init(prepared(model, each, inputs), lanes))
-            reached = max([reached, *(each.reach(min(steps, _LONGEST)) or ())])
-            windows.append(min(_LONGEST, longest_window(each, steps)))
+            reached = max([reached, *(each.reach(min(steps, longest_span)) or ())])
+            windows.append(min(longest_span, longest_window(each, steps)))
             changing = longest_length(each)
             reached = max(reached, changing + windows[-1] + _PROBED if changing else 0)
     failures.raise_if_all(estimators)
     if span is None:
         longest, common = max(windows), math.lcm(*windows)
-        unit = common if common <= 4 * longest else longest
-        span = unit * math.ceil(_SHORTEST_SPAN / unit)
+        several = common if common <= 4 * longest else longest
+        span = several * math.ceil(_SHORTEST_SPAN / several)
     if burn_in is None:
         burn_in = span * math.ceil(min(_LONGEST, max(2 * reached, _SHORTEST_BURN_IN)) / span)
-    return Sizes(points, span, burn_in)
+    return Sizes(points, span, burn_in, unit)
 
 
 def read(stream: Stream, sizes: Sizes, device: torch.device) -> Excerpt:
@@ -138,8 +143,8 @@ def _smaller(sizes: Sizes, steps: int) -> str:
     left = (steps - sizes.burn_in) // sizes.span
     if left >= 1:
         return f"points={left}"
-    span = max(1, min(sizes.span, steps // 4))
-    if steps >= 2:
+    span = max(1, min(sizes.span, steps // 4) // sizes.unit) * sizes.unit
+    if steps >= 2 * span:
         points = min(sizes.points, (steps - span) // span)
         return f"points={points}, span={span}, burn_in={span}; or fewer lanes, whose passes are longer"
     return "stream.rewind()"

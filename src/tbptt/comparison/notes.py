@@ -13,6 +13,7 @@ from tbptt.comparison.settings import longest_length
 from tbptt.estimators import SyntheticGradients
 from tbptt.estimators.base import Estimator
 from tbptt.estimators.predictor import attached
+from tbptt.pathways import segment_steps
 from tbptt.tree import Tree
 
 __all__ = ["notes_on"]
@@ -37,6 +38,9 @@ def notes_on(
         f"gradients at {len(reference.points)} points of {sizes.span} steps, weights as given; the full gradient goes "
         f"back at least {reference.reach} steps before each{limit}: what lies farther is in no figure"
     ]
+    segment = segment_steps(model)
+    if segment > 1:
+        notes.append(f"the model is cut into segments of {segment} steps: all lengths are multiples of that")
     missing = sizes.points - len(reference.points)
     if missing:
         notes.append(f"{missing} of {sizes.points} points had no target that counts, and are left out")

@@ -14,7 +14,7 @@ from torch import nn
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
 from tbptt.estimators.history import History
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Gradients, scaled
@@ -142,7 +142,7 @@ class ARTBP(Estimator):
     def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return ChainCarry(lanes)
+        return ChainCarry(lanes, unit=unit_of(model, block=self.block, longest=self.longest))
 
     def reach(self, steps: int) -> tuple[int, ...]:
         """Return how far each loss of a window between two cuts reaches; see `Estimator.reach`."""
@@ -152,7 +152,8 @@ class ARTBP(Estimator):
         """Run the model over `window` and estimate the gradient of its losses.
 
         A window that ends before the cut, as at the end of a pass, leaves the stretch open: the next one begins with
-        what is left of it, and its losses are sent back through the steps of before, which are run again.
+        what is left of it, and its losses are sent back through the steps of before, which are run again. Where it
+        ends within a segment of the model nothing can go on, so that the next stretch is a new one.
 
         Raises:
             ShapeError: a window that goes beyond the cut or has another number of lanes, without targets for the loss,
@@ -175,7 +176,8 @@ class ARTBP(Estimator):
 
         injected, denominator = run.num_terms, self._mean_steps * carry.lanes
         pulled = run.pull(chain, injected, denominator=denominator, boundary=reweigh)
-        cut = steps == self.length(carry.draws)
+        # nothing goes on from within a segment of the model: the sequence has ended there
+        cut = steps == self.length(carry.draws) or carry.missing(window) > 0
         after = replace(
             carry,
             state=detach(chain[-1].end),

@@ -5,17 +5,19 @@ Letters: B lanes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from tbptt.errors import ShapeError
+from tbptt.errors import ConfigError, ShapeError
 from tbptt.estimators.history import History, Stretch
-from tbptt.estimators.lengths import States, states_from
 from tbptt.estimators.retained import RetainedSegment
-from tbptt.length import LengthState
+from tbptt.length import Adaptive, Length, LengthState
+from tbptt.length.base import States, states_from
 from tbptt.model import find_lane_dims
+from tbptt.pathways import segment_steps
 from tbptt.rereading import Rereading
 from tbptt.tree import LaneDims, Tree, all_finite
 from tbptt.window import Window
@@ -36,6 +38,7 @@ class ChainCarry:
         lengths: how far the policies of k1 and k2 have come.
         draws: made so far by an estimator that draws; with its seed, they say what is drawn next.
         running: running means that it draws by; None for one of nothing yet.
+        unit: steps of a segment, where the model is cut into segments: all cuts are multiples of it. Else 1.
     """
 
     lanes: int
@@ -46,6 +49,7 @@ class ChainCarry:
     lengths: States = field(default_factory=dict[str, LengthState])
     draws: int = 0
     running: tuple[float | None, ...] = ()
+    unit: int = 1
     looked: bool = field(default=False, repr=False)
 
     @property
@@ -58,6 +62,22 @@ class ChainCarry:
         if self.looked:
             return self
         return replace(self, dims=find_lane_dims(model, window.inputs), looked=True)
+
+    def for_window(self, model: nn.Module, window: Window) -> ChainCarry:
+        """Return the carry as a look-back from `window` finds it, with the lane dimensions of the model's state.
+
+        Where all lanes start anew at its first step, nothing before it is needed any more: neither state nor gradient
+        comes from there.
+        """
+        carry = self.with_dims(model, window)
+        return replace(carry, past=History(), retained=()) if window.resets.get(0) else carry
+
+    def missing(self, window: Window) -> int:
+        """Return how many steps `window` is short of the end of a segment, as the last one of a pass may be.
+
+        Nothing goes on from there. A look-back begins where it would if they were there, or it would cut a segment.
+        """
+        return -window.steps % self.unit
 
     def state_dict(self) -> dict[str, Any]:
         """Return the carry as plain values and tensors; graphs are left out and built again when needed."""
@@ -86,6 +106,36 @@ class ChainCarry:
         self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
         self.lengths = states_from(state["lengths"])
         self.retained = tuple(RetainedSegment.from_state_dict(each) for each in state["retained"])
+
+
+def unit_of(model: nn.Module, **lengths: int | Length | Sequence[int] | None) -> int:
+    """Return the steps of the model's segments, 1 for one without; lengths must be multiples of them.
+
+    Args:
+        lengths: the settings that decide where a sequence is cut, by name; None for one that is left out.
+
+    Raises:
+        ConfigError: one of them is, or may become, no multiple of a segment: said before anything is trained.
+    """
+    unit = segment_steps(model)
+    for name, length in lengths.items():
+        of = length.unit if isinstance(length, Length) else length or 0
+        if any(each % unit for each in (of if isinstance(of, Sequence) else [of])):
+            raise ConfigError(
+                f"{name} in multiples of the segments of {unit} steps of {type(model).__name__} was expected, but "
+                f"{name}={length} came: a window or a look-back that begins within a segment belongs to another model",
+                fix=_in_segments(name, length, unit),
+            )
+    return unit
+
+
+def _in_segments(name: str, length: int | Length | Sequence[int] | None, unit: int) -> str:
+    if isinstance(length, Adaptive):
+        return f"{name}=Adaptive(..., max={-(-length.max // unit) * unit}, multiple={unit})"
+    if isinstance(length, Length):
+        return f"{name}=Curriculum([1, 2, 4], updates=1000, segment={unit}), or Choice of multiples of {unit}"
+    whole = [-(-each // unit) * unit for each in (length if isinstance(length, Sequence) else [length or unit])]
+    return f"{name}={whole if isinstance(length, Sequence) else whole[0]}"
 
 
 def check_saved_lanes(lanes: int, saved: int) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate
 from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
-from tbptt.estimators.history import History
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Chain, Gradients, Pulled, add, norm_of, scaled, walk_back
@@ -68,15 +67,15 @@ def drawn_estimate(
     """
     check_lanes_of(window, carry.lanes)
     check_steps_of(window, k1)
-    carry = carry.with_dims(model, window)
+    carry = carry.for_window(model, window)
     run = Run(model, StepLoss.of(loss), carry, keep_outputs=keep_outputs)
-    if window.resets.get(0):  # a new sequence in all lanes: nothing of the last one is needed any more
-        carry = replace(carry, past=History())
-    past = carry.past.last(model, lookbacks[drawn.reached] - window.steps, carry.dims)
+    missing = carry.missing(window)
+    past = carry.past.last(model, lookbacks[drawn.reached] - window.steps - missing, carry.dims)
     news = 0 if past is None else past.window.steps
     total = news + window.steps
+    end = total + missing
     # a segment begins where a part does, and where the next look-back, of whatever length, would
-    cuts = {max(0, at) for length in lookbacks for at in (total - length, total + k1 - length) if at < total}
+    cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
     chain: Chain
     if segment is None:
         chain, stretches = run.look_back(past, window, cuts)
@@ -86,7 +85,7 @@ def drawn_estimate(
         chain = ReplayedChain(run, pieces, carry.state if past is None else past.state, None)
         stretches, injected, state = chain.stretches, chain.num_targets, chain.state
         sizes = [end - begin for begin, end in pieces.spans]
-    pulled, squares = _pull(run, chain, sizes, injected, lookbacks, drawn)
+    pulled, squares = _pull(run, chain, sizes, injected, [each - missing for each in lookbacks], drawn)
     if segment is not None:
         run.newest_first()
     after = replace(

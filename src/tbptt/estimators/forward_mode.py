@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
 from tbptt.estimators.perlane import PerLane
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.run import Run
@@ -250,7 +250,7 @@ class ForwardMode(Estimator):
     def init(self, model: nn.Module, lanes: int) -> InfluenceCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return InfluenceCarry(ChainCarry(lanes))
+        return InfluenceCarry(ChainCarry(lanes, unit=unit_of(model, k1=self.k1)))
 
     def reach(self, steps: int) -> tuple[int, ...] | None:
         """Return nothing: the influence of a step is approximated, so that how far it reaches is no number of steps."""

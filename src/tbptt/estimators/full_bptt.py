@@ -15,7 +15,7 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain, RereadPieces
 from tbptt.estimators.run import Run
@@ -107,17 +107,22 @@ class FullBPTT(Estimator):
         """Return the next window; for a whole pass, what reads its steps from the stream whenever they are needed."""
         if self.k1 != "pass":
             return stream.read(self.next_steps(carry))
-        return cast(Window, Rereading(stream, self.segment or _PIECE))  # which only `estimate` here looks into
+        return cast(
+            Window, Rereading(stream, self.segment or _whole(_PIECE, carry.unit))
+        )  # which only `estimate` here looks into
 
     def fixed(self, carry: ChainCarry) -> FullBPTT:
         """Return the estimator with windows of a few steps, where they are whole passes: for `tbptt.check`."""
-        del carry  # always the same
-        return self if self.k1 != "pass" else replace(self, k1=_CHECKED, segment=min(self.segment or _CHECKED, 8))
+        if self.k1 != "pass":
+            return self
+        segment = _whole(min(self.segment or 8, 8), carry.unit)
+        return replace(self, k1=_whole(max(_CHECKED, 2 * segment), carry.unit), segment=segment)
 
     def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return ChainCarry(lanes)
+        of_window = None if self.k1 == "pass" else self.k1
+        return ChainCarry(lanes, unit=unit_of(model, k1=of_window, segment=self.segment))
 
     def reach(self, steps: int) -> None:
         """Return None: back to the start of the sequence."""
@@ -144,7 +149,7 @@ class FullBPTT(Estimator):
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         if isinstance(window, Window):
             news = 0 if past is None else past.window.steps
-            size = self.segment or math.ceil(math.sqrt(news + window.steps))
+            size = self.segment or _whole(math.ceil(math.sqrt(news + window.steps)), carry.unit)
             cuts = [*range(0, news, size), *range(news, news + window.steps, size)]
             pieces = HeldPieces(past, window, cuts)
         else:
@@ -174,6 +179,11 @@ class FullBPTT(Estimator):
                 fix="FullBPTT(k1=...) with windows that are held, or a stream that resets at the start of a pass",
             )
         return None
+
+
+def _whole(steps: int, unit: int) -> int:
+    """Return steps, rounded up to whole segments of a model."""
+    return -(-steps // unit) * unit
 
 
 def _since_the_start(whole: Window, start: Tree | None) -> Stretch:

@@ -5,26 +5,21 @@ Letters: B lanes, R the longest lag of a probe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
-from torch import nn
 
 from tbptt.curve import decay_rate, dense
 from tbptt.errors import ConfigError
-from tbptt.estimators.history import History
-from tbptt.estimators.probe import SPREAD, probe
-from tbptt.length import Adaptive, Length, LengthState
-from tbptt.loss import StepLoss
+from tbptt.estimators.base import Estimate
+from tbptt.estimators.probe import probe, spread
+from tbptt.estimators.run import Run
+from tbptt.length import Adaptive, Curriculum, Length, LengthState
+from tbptt.length.base import States
 from tbptt.tree import LaneDims
 from tbptt.window import Window
 
-__all__ = ["Lengths", "States", "states_from"]
-
-States: TypeAlias = dict[str, LengthState]
-"""How far each policy has come, by the name of its length; nothing for a number."""
+__all__ = ["Lengths"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +69,9 @@ class Lengths:
         if isinstance(self.k2, int):
             longest = self.k2
         else:
-            longest = self.k2.longest + (_longest(self.k1) - 1 if self._is_reached_by_all else 0)
+            longest = self.k2.longest + (_longest(self.k1) - self.k2.unit if self._is_reached_by_all else 0)
         least = self.k1 if isinstance(self.k1, int) else self.k1.shortest
-        probed = [each.max + SPREAD for each in self.policies.values() if isinstance(each, Adaptive)]
+        probed = [each.max + spread(each.multiple) for each in self.policies.values() if isinstance(each, Adaptive)]
         return max([longest if longest > least else 0, *probed])
 
     @property
@@ -92,7 +87,9 @@ class Lengths:
         """Return k1 and k2 of the next update."""
         k1 = self.k1 if isinstance(self.k1, int) else self.k1.now(states["k1"])
         k2 = self.k2 if isinstance(self.k2, int) else self.k2.now(states.get("k2") or states["k1"])
-        return k1, k2 + k1 - 1 if self._is_reached_by_all else k2
+        if isinstance(self.k2, Adaptive) and self._is_reached_by_all:
+            k2 += k1 - self.k2.multiple
+        return k1, k2
 
     def rate_factor(self, states: States) -> float:
         """Return what the learning rate is multiplied by in the next update."""
@@ -104,26 +101,29 @@ class Lengths:
     def after(
         self,
         states: States,
-        model: nn.Module,
-        loss: StepLoss,
-        history: History,
+        run: Run,
         window: Window,
         dims: LaneDims | None,
-        lookback: int,
+        estimate: Estimate,
     ) -> tuple[States, dict[str, float]]:
         """Return the states after an update, and what was measured; a probe is made where it is due.
 
         Args:
-            history: the steps before the window.
-            lookback: the steps that were run forward and back.
+            run: of the update, with the steps before the window.
+            window: that it was made of.
+            dims: the lane dimensions of the state.
+            estimate: that it gave.
         """
         after: States = {}
         measured: dict[str, float] = {}
         for name, policy in self.policies.items():
-            state = policy.after(states[name], lookback)
+            state = policy.after(states[name], estimate.lookback)
             if isinstance(policy, Adaptive) and policy.is_due(state):
-                state, found = self._probed(policy, state, model, loss, history, window, dims)
+                state, found = self._probed(policy, state, run, window, dims)
                 measured |= found
+            elif isinstance(policy, Curriculum):
+                state = policy.learned(state, None if policy.enough is None else float(estimate.loss))
+                measured |= {"stage": float(state.stage)}
             after[name] = state
         return after, measured
 
@@ -131,26 +131,19 @@ class Lengths:
         self,
         policy: Adaptive,
         state: LengthState,
-        model: nn.Module,
-        loss: StepLoss,
-        history: History,
+        run: Run,
         window: Window,
         dims: LaneDims | None,
     ) -> tuple[LengthState, dict[str, float]]:
-        past = history.last(model, policy.max + SPREAD - window.steps, dims)
+        past = run.carry.past.last(run.model, policy.max + spread(policy.multiple) - window.steps, dims)
         draws = np.random.default_rng((state.updates, state.probes))
-        seen = probe(model, loss, past, window, dims, policy.lags, draws)
+        seen = probe(run.model, run.loss, past, window, dims, policy.lags, draws, policy.multiple)
         if seen is None:  # too early in the stream, or no target: tried again at the next update
             return state, {}
         norms = seen.norms.mean(1).tolist()
         state, kappa = policy.probed(state, norms)
         rate = decay_rate(dense(policy.lags, state.norms)) if state.norms else float("nan")
         return state, {"needed_lookback": float(kappa), "decay_rate": rate, "probed_lags": float(policy.max)}
-
-
-def states_from(saved: Mapping[str, Mapping[str, Any]]) -> States:
-    """Return the states that were saved, each by `LengthState.state_dict`."""
-    return {name: LengthState.from_state_dict(each) for name, each in saved.items()}
 
 
 def _longest(length: int | Length) -> int:

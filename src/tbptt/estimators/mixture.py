@@ -11,7 +11,7 @@ from torch import nn
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.carry import ChainCarry, unit_of
 from tbptt.estimators.drawn import Drawn, check_lookbacks, drawn_estimate
 from tbptt.length.base import check_seed, check_whole
 from tbptt.loss import Loss
@@ -118,7 +118,8 @@ class Mixture(Estimator):
     def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return ChainCarry(lanes)
+        unit = unit_of(model, k1=self.k1, short=self.short, long=self.long, segment=self.segment)
+        return ChainCarry(lanes, unit=unit)
 
     def reach(self, steps: int) -> tuple[int, ...] | None:
         """Return how far each loss of a window reaches at most; see `Estimator.reach`."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
 from tbptt.estimators.particles import Noise, Particles, States, draw_noise
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Gradients, Pulled
@@ -245,7 +245,7 @@ class Perturbation(Estimator):
                     f"{self.sigma}: {name} would be rounded back, and its gradient would be nothing but rounding",
                     fix="a larger sigma, or model.double()",
                 )
-        return ParticleCarry(ChainCarry(lanes), Course((-1,) * lanes))
+        return ParticleCarry(ChainCarry(lanes, unit=unit_of(model, k1=self.k1)), Course((-1,) * lanes))
 
     def reach(self, steps: int) -> tuple[int, ...]:
         """Return nothing: how far a loss reaches cannot be seen in a gradient made of noise."""

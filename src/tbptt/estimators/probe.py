@@ -23,7 +23,7 @@ from tbptt.tree import LaneDims, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["SPREAD", "Probe", "probe", "run_chain"]
+__all__ = ["SPREAD", "Probe", "probe", "run_chain", "spread"]
 
 SPREAD = 16
 """The last steps of a window among which each lane's loss is drawn: lanes that keep step show more than one phase."""
@@ -44,6 +44,11 @@ class Probe:
     norms: Tensor
 
 
+def spread(unit: int) -> int:
+    """Return `SPREAD` in whole units."""
+    return -(-SPREAD // unit) * unit
+
+
 def probe(
     model: nn.Module,
     loss: StepLoss,
@@ -52,6 +57,7 @@ def probe(
     dims: LaneDims | None,
     lags: Sequence[int],
     draws: np.random.Generator,
+    unit: int = 1,
 ) -> Probe | None:
     """Draw a loss near the end of `window` for each lane, and send it back through the window and the past.
 
@@ -61,24 +67,27 @@ def probe(
         past: the steps before the window.
         lags: the lags to measure at, rising.
         draws: which losses.
+        unit: steps that the model may be cut at multiples of.
 
     Returns:
-        None where there are too few steps for the longest lag, or no target.
+        None where there are too few steps for the longest lag, or no target, or the window ends within a unit, as the
+        last one of a pass may.
 
     Cost: one pass forward and back over lags[-1] + SPREAD steps, in about 25 pieces.
     """
     steps = window.steps + (0 if past is None else past.window.steps)
-    reached = lags[-1] + SPREAD
-    spread = min(SPREAD, window.steps)
-    last = window[window.steps - spread :]
+    reached = lags[-1] + spread(unit)
+    among = min(SPREAD, window.steps)
+    last = window[window.steps - among :]
     valid, _ = loss.valid(last)
-    if steps < reached or not bool(valid.any()):
+    if steps < reached or window.steps % unit or not bool(valid.any()):
         return None
     with fork_random(window.mask.device), left_as_it_was(model):
         chosen, delays = _one_each(valid, draws)
         mask = torch.zeros_like(window.mask)
-        mask[window.steps - spread :] = chosen
-        cuts = [steps - back for back in lag_grid(reached, dense_up_to=8, ratio=1.25) if back <= steps]
+        mask[window.steps - among :] = chosen
+        distances = [unit * back for back in lag_grid(reached // unit, dense_up_to=8, ratio=1.25)]
+        cuts = [steps - back for back in distances]
         chain, begins = run_chain(model, loss, past, replace(window, mask=mask), dims, cuts)
         parameters: list[list[Tensor]] = [[]] * len(chain)
         found: dict[int, Tensor] = {}

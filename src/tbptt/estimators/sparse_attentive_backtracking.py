@@ -144,7 +144,7 @@ class SparseAttentiveBacktracking(Estimator):
         """
         check_steps_of(window, self.k1, f"stream.windows({self.k1})")
         check_lanes_of(window, carry.lanes)
-        carry = carry.with_dims(model, window)
+        carry = carry.for_window(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         lookback = self.lookback or self.k1
         past = carry.past.last(model, lookback - window.steps, carry.dims)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
 from tbptt.estimators.predictor import (
     PREFIX,
     Predictor,
@@ -216,7 +216,7 @@ class SyntheticGradients(Estimator):
         predictor = self._attached(model)
         if self.lambda_:
             check_traced(predictor, lanes)
-        return SyntheticCarry(ChainCarry(lanes))
+        return SyntheticCarry(ChainCarry(lanes, unit=unit_of(model, k1=self.k1)))
 
     def reach(self, steps: int) -> tuple[int, ...]:
         """Return how far each loss of a window reaches within it; see `Estimator.reach`.

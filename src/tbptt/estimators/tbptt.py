@@ -15,7 +15,7 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.lengths import Lengths
 from tbptt.estimators.retained import RetainedSegment, kept_for, newest
@@ -129,7 +129,7 @@ class TBPTT(Estimator):
     def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return ChainCarry(lanes, lengths=self.lengths.start())
+        return ChainCarry(lanes, lengths=self.lengths.start(), unit=unit_of(model, k1=self.k1, k2=self.k2))
 
     def reach(self, steps: int) -> tuple[int, ...]:
         """Return how far each loss of a window of `steps` steps reaches; see `Estimator.reach`.
@@ -155,7 +155,7 @@ class TBPTT(Estimator):
         lengths = self.lengths
         k1, k2 = lengths.now(carry.lengths)
         self._check(carry, window, k1)
-        run = Run(model, StepLoss.of(loss), carry.with_dims(model, window), keep_outputs=self.keep_outputs)
+        run = Run(model, StepLoss.of(loss), carry.for_window(model, window), keep_outputs=self.keep_outputs)
         regimes = _Regimes(self, k1, k2, run, window)
         if k2 <= k1:
             estimate, after = regimes.within()
@@ -163,9 +163,7 @@ class TBPTT(Estimator):
             estimate, after = regimes.recompute() if self.replay == "recompute" else regimes.retain()
         if not lengths.vary:
             return estimate, after
-        states, measured = lengths.after(
-            carry.lengths, model, run.loss, carry.past, window, after.dims, estimate.lookback
-        )
+        states, measured = lengths.after(carry.lengths, run, window, after.dims, estimate)
         measured = {"k1": float(k1), "k2": float(k2), **measured}
         estimate = replace(
             estimate, rate_factor=lengths.rate_factor(carry.lengths), metrics=estimate.metrics | measured
@@ -207,10 +205,11 @@ class _Regimes:
     def recompute(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the steps before the window are run again from the state k2 steps back."""
         run = self.run
-        past = self.carry.past.last(run.model, self.k2 - self.window.steps, self.carry.dims)
+        missing = self.carry.missing(self.window)
+        past = self.carry.past.last(run.model, self.k2 - self.window.steps - missing, self.carry.dims)
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + self.window.steps
-        mark = max(0, steps + self.k1 - self.k2)  # where the next look-back begins, if its window is full
+        mark = max(0, steps + missing + self.k1 - self.k2)  # where the next look-back begins, if its window is full
         chain, stretches = run.look_back(past, self.window, [mark])
         injected = run.num_terms
         pulled = run.pull(chain, injected, boundary=self.boundary)
@@ -238,7 +237,8 @@ class _Regimes:
                 "through these there is no gradient for a parameter that was frozen then",
                 fix='TBPTT(k1, k2, replay="recompute"), which runs them again',
             )
-        chain = [*newest(run.model, self.carry.retained, self.carry.state, k2 - steps, dims), *news]
+        before = k2 - steps - self.carry.missing(self.window)
+        chain = [*newest(run.model, self.carry.retained, self.carry.state, before, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = run.num_terms
         parameters = [[segment.weights[name] for name in run.names] for segment in chain]
@@ -252,7 +252,8 @@ class _Regimes:
         if steps <= k2:
             return [(0, steps, True)]
         if self.setting.losses == "tail":
-            return [(0, steps - k2, False), (steps - k2, steps, True)]
+            begin = steps + self.carry.missing(self.window) - k2
+            return [(0, begin, False), (begin, steps, True)]
         return [(begin, min(begin + k2, steps), True) for begin in range(0, steps, k2)]
 
     def _past(self, news: list[Stretch], replaced: int) -> History:

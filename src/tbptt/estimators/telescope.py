@@ -16,7 +16,7 @@ from torch import nn
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.carry import ChainCarry, unit_of
 from tbptt.estimators.drawn import Drawn, check_lookbacks, drawn_estimate
 from tbptt.length.base import check_seed, check_whole, is_whole
 from tbptt.loss import Loss
@@ -154,7 +154,8 @@ class Telescope(Estimator):
     def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
-        return ChainCarry(lanes, running=(None,) * len(self.lengths))
+        unit = unit_of(model, k1=self.k1, lengths=self.lengths, segment=self.segment)
+        return ChainCarry(lanes, running=(None,) * len(self.lengths), unit=unit)
 
     def reach(self, steps: int) -> tuple[int, ...]:
         """Return how far each loss of a window reaches at most; see `Estimator.reach`."""

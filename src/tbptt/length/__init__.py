@@ -6,12 +6,14 @@ a resumed run goes on with the same lengths.
 
 from tbptt.length.adaptive import Adaptive
 from tbptt.length.base import Length, LengthState, RateScaling, scaled_rate
+from tbptt.length.curriculum import Curriculum
 from tbptt.length.schedules import Choice, Ramp, RandomLength
 from tbptt.length.spelling import parse_length
 
 __all__ = [
     "Adaptive",
     "Choice",
+    "Curriculum",
     "Length",
     "LengthState",
     "Ramp",

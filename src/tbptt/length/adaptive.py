@@ -61,6 +61,8 @@ class Adaptive(Length):
         windows: "overlapping", every loss reaches kappa; or "plain", k1 = k2, in the mean over a window's losses.
         scale_rate: what the learning rate does as the length changes, relative to `first`: "none"; "sqrt", as in the
             paper; "linear".
+        multiple: lengths, and the lags of the probes, are multiples of so many steps: the segment of a model that is
+            cut at the ends of segments only, as `SegmentTransformer`. Rounded up.
 
     Raises:
         ConfigError: bounds, a tolerance or a number of updates that cannot be meant.
@@ -80,14 +82,25 @@ class Adaptive(Length):
     first: int | None = None
     windows: Literal["overlapping", "plain"] = "overlapping"
     scale_rate: RateScaling = "none"
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         fix = "Adaptive(tolerance=0.1, min=4, max=256)"
         check_whole(self, "min", fix)
         check_whole(self, "max", fix)
+        check_whole(self, "multiple", fix)
         for name in ("every", "first"):
             if getattr(self, name) is not None:
                 check_whole(self, name, fix)
+        for name in ("max", "first"):
+            value = getattr(self, name)
+            if value is not None and value % self.multiple:
+                whole = -(-value // self.multiple) * self.multiple
+                raise ConfigError(
+                    f"{name} was expected in multiples of {self.multiple}, as multiple={self.multiple} says, but is "
+                    f"{value}: a model that needs one could not be cut there",
+                    fix=f"{name}={whole}",
+                )
         check_scaling(self.scale_rate)
         if self.windows not in ("overlapping", "plain"):
             raise ConfigError(
@@ -115,12 +128,17 @@ class Adaptive(Length):
     @property
     def shortest(self) -> int:
         """`min`."""
-        return self.min
+        return self._within(self.min)
+
+    @property
+    def unit(self) -> int:
+        """`multiple`."""
+        return self.multiple
 
     @property
     def lags(self) -> tuple[int, ...]:
         """The lags at which the curve is kept."""
-        return lag_grid(self.max, dense_up_to=8, ratio=1.25)
+        return tuple(self.multiple * each for each in lag_grid(self.max // self.multiple, dense_up_to=8, ratio=1.25))
 
     @property
     def start_length(self) -> int:
@@ -165,7 +183,7 @@ class Adaptive(Length):
     def needed(self, norms: Floats) -> int:
         """Return kappa for norms at `lags`, within the bounds; `max` for a curve that does not fall in time."""
         if not norms.any():  # no gradient arrives at any lag: nothing is cut off
-            return self.min
+            return self.shortest
         wanted = needed_window if self.windows == "plain" else needed_lookback
         found = wanted(dense(self.lags, norms), self.tolerance)
         return self.max if found is None else self._within(found)
@@ -175,4 +193,4 @@ class Adaptive(Length):
         return scaled(length / self.start_length, self.scale_rate)
 
     def _within(self, length: int) -> int:
-        return min(self.max, max(self.min, length))
+        return min(self.max, -(-max(self.min, length) // self.multiple) * self.multiple)

@@ -18,12 +18,14 @@ __all__ = [
     "Length",
     "LengthState",
     "RateScaling",
+    "States",
     "check_scaling",
     "check_seed",
     "check_whole",
     "is_whole",
     "scaled",
     "scaled_rate",
+    "states_from",
 ]
 
 RateScaling: TypeAlias = Literal["none", "linear", "sqrt"]
@@ -40,6 +42,9 @@ class LengthState:
         probes: made.
         waited: updates since the last probe.
         worked: steps run forward and back since then.
+        stage: of a `Curriculum`, from 0; its own, as those below.
+        staged: updates made in this stage.
+        loss: running mean of the loss in it; None before its first update, or where none is asked for.
     """
 
     updates: int = 0
@@ -48,6 +53,9 @@ class LengthState:
     probes: int = 0
     waited: int = 0
     worked: int = 0
+    stage: int = 0
+    staged: int = 0
+    loss: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -58,6 +66,15 @@ class LengthState:
         """Return what `state_dict` described."""
         values: dict[str, Any] = dict(state) | {"norms": tuple(state["norms"])}
         return LengthState(**values)
+
+
+States: TypeAlias = dict[str, LengthState]
+"""How far each policy has come, by the name of its length; nothing for a number."""
+
+
+def states_from(saved: Mapping[str, Mapping[str, Any]]) -> States:
+    """Return the states that were saved, each by `LengthState.state_dict`."""
+    return {name: LengthState.from_state_dict(each) for name, each in saved.items()}
 
 
 class Length(ABC):
@@ -72,6 +89,11 @@ class Length(ABC):
     @abstractmethod
     def shortest(self) -> int:
         """The shortest it will ever be."""
+
+    @property
+    def unit(self) -> int:
+        """A number of steps that every length is a multiple of; 1 unless a policy knows better."""
+        return 1
 
     def start(self) -> LengthState:
         """Return the state before the first update."""

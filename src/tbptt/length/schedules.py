@@ -60,6 +60,14 @@ class Ramp(Length):
         """The shorter end."""
         return min(self.first, self.last)
 
+    @property
+    def unit(self) -> int:
+        """What all lengths on the way are multiples of."""
+        if self.shape == "linear":
+            return 1 if self.first != self.last else self.first
+        doublings = range(math.ceil(abs(math.log2(self.last / self.first))))
+        return math.gcd(self.last, *(self._doubled(math.copysign(n, self.last - self.first)) for n in doublings))
+
     def now(self, state: LengthState) -> int:
         """Return the length after so many updates."""
         done = state.updates / self.over
@@ -67,8 +75,10 @@ class Ramp(Length):
             return self.last
         if self.shape == "linear":
             return round(self.first + (self.last - self.first) * done)
-        doublings = math.log2(self.last / self.first) * done
-        return max(self.shortest, int(self.first * 2.0 ** math.trunc(doublings)))
+        return self._doubled(math.trunc(math.log2(self.last / self.first) * done))
+
+    def _doubled(self, times: float) -> int:
+        return max(self.shortest, int(self.first * 2.0**times))
 
 
 @final
@@ -124,6 +134,11 @@ class Choice(Length):
     def shortest(self) -> int:
         """The shortest of the lengths."""
         return min(self.lengths)
+
+    @property
+    def unit(self) -> int:
+        """What all of the lengths are multiples of."""
+        return math.gcd(*self.lengths)
 
     def now(self, state: LengthState) -> int:
         """Return the length drawn for this update."""

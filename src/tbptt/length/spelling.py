@@ -8,11 +8,14 @@ from typing import cast
 from tbptt.errors import ConfigError
 from tbptt.length.adaptive import Adaptive
 from tbptt.length.base import Length, is_whole
+from tbptt.length.curriculum import Curriculum
 from tbptt.length.schedules import Choice, Ramp, RandomLength
 
 __all__ = ["parse_length"]
 
-_POLICIES: dict[str, type[Length]] = {each.__name__: each for each in (Ramp, Choice, RandomLength, Adaptive)}
+_POLICIES: dict[str, type[Length]] = {
+    each.__name__: each for each in (Ramp, Choice, RandomLength, Curriculum, Adaptive)
+}
 
 
 def parse_length(text: str) -> int | Length:
@@ -49,6 +52,7 @@ def _example(text: str) -> str:
     examples = {
         "ramp": "Ramp(8, 128, over=5000)",
         "choice": "Choice([16, 256], weights=[9, 1])",
+        "curriculum": "Curriculum([1, 2, 4], updates=1000, segment=64)",
         "randomlength": "RandomLength(70)",
     }
     return examples.get(name, "Adaptive(tolerance=0.1)")

@@ -34,9 +34,16 @@ def horizon_page(
         refused: why `report.recommend(...)` refused, if it did.
         strips: for text: predictions, and what each past character did to them.
     """
-    tables = {name: Table(name, columns, _CAPTIONS.get(name, name)) for name, columns in report.tables().items()}
+    captions = _CAPTIONS | {
+        f"{name}_{kind}": f"{caption}, through {name}"
+        for name in report.pathways
+        for kind, caption in (("lags", _CAPTIONS["lags"]), ("input_lags", _CAPTIONS["input_lags"]))
+    }
+    tables = {name: Table(name, columns, captions.get(name, name)) for name, columns in report.tables().items()}
+    told_apart = [f"{name}_{kind}" for name in report.pathways for kind in ("lags", "input_lags")]
     sections = [
         _lags(report, recommendation, [tables.pop(name) for name in ("lags", "input_lags") if name in tables]),
+        _ways(report, [tables.pop(name) for name in told_apart if name in tables]),
         _strips(strips),
         _bias(report, recommendation),
         _signed(report, recommendation),
@@ -98,6 +105,34 @@ def _lags(report: HorizonReport, chosen: Recommendation | None, tables: list[Tab
         f"mean and 95 % interval over {report.probes} probes."
     )
     return Section("How far the gradient goes", figures=[of_views("Gradient by lag", text, views)], tables=tables)
+
+
+def _ways(report: HorizonReport, tables: list[Table]) -> Section | None:
+    """Return how far the gradient goes through each of the model's ways; nothing where it has one only."""
+    if not report.pathways:
+        return None
+    views: list[View] = []
+    curves = {
+        "alone": {name: way.alone for name, way in report.pathways.items()},
+        "all that crosses": {name: way.crossing for name, way in report.pathways.items()},
+        "input, alone": {name: way.inputs for name, way in report.pathways.items() if way.inputs is not None},
+    }
+    for button, bands in curves.items():
+        floor = finite_floor(*(np.array(each.mean) for each in bands.values()))
+        traces = [
+            trace
+            for index, (name, each) in enumerate(bands.items())
+            for trace in _with_band(f"through {name}", each, index, floor=floor, log_y=True)
+        ]
+        if traces:
+            views.append(View(button, traces, Axis("lag, steps before the loss"), Axis("gradient norm", "log")))
+    shares = ", ".join(f"{report.share_of(name):.0%} through {name}" for name in report.pathways)
+    text = (
+        f"Parts of the state's gradient by the way that they come: {shares}, of the norms summed over lags. "
+        '"Alone" is what has come through that part of the state only, with the others stopped wherever the sequence '
+        "may be cut; a curve that ends is exactly zero from there."
+    )
+    return Section("Through what it goes", figures=[of_views("Gradient by way", text, views)], tables=tables)
 
 
 def _strips(strips: Sequence[Strip]) -> Section | None:
