@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tbptt import Adaptive, Choice, Length, Ramp, RandomLength, scaled_rate
+from tbptt import Adaptive, Choice, Curriculum, Length, Ramp, RandomLength, scaled_rate
+from tbptt.curve import needed_lookback
 from tbptt.errors import ConfigError
 from tbptt.length import LengthState, parse_length
 
@@ -23,6 +24,12 @@ POLICIES: list[Length] = [
     RandomLength(mean=20),
     RandomLength(mean=6, deviation=20, shortest=2),
     Adaptive(min=3, max=40),
+    Adaptive(min=3, max=40, multiple=8),
+    Ramp(48, 16, over=100, shape="doubling"),
+    Ramp(24, 96, over=100, shape="doubling"),
+    Curriculum([1, 2, 5], updates=100, segment=8),
+    Curriculum([3, 6, 12], updates=[50, 100], mixed=True, seed=4),
+    Curriculum([2, 1, 3], updates=20, enough=0.1, segment=4),
 ]
 
 
@@ -31,6 +38,8 @@ def drawn(policy: Length, updates: int) -> list[int]:
     for _ in range(updates):
         found.append(policy.now(state))
         state = policy.after(state, found[-1])
+        if isinstance(policy, Curriculum):
+            state = policy.learned(state, None if policy.enough is None else 1.0)
     return found
 
 
@@ -40,6 +49,14 @@ def test_no_length_leaves_the_bounds(policy: Length) -> None:
     assert policy.shortest <= min(lengths)
     assert max(lengths) <= policy.longest
     assert all(isinstance(each, int) for each in lengths)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_length_is_a_multiple_of_the_unit(policy: Length) -> None:
+    lengths = set(drawn(policy, 400))
+    assert all(each % policy.unit == 0 for each in lengths)
+    if not isinstance(policy, Adaptive):  # one that would be larger would not be true
+        assert policy.unit == 1 or math.gcd(*lengths) == policy.unit
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -60,6 +77,11 @@ def test_a_saved_state_goes_on() -> None:
     policy = Adaptive(min=2, max=40, every=3)
     state, _ = policy.probed(policy.after(policy.start(), 10), [0.8**lag for lag in policy.lags])
     assert LengthState.from_state_dict(state.state_dict()) == state
+    stages = Curriculum([1, 2], enough=0.1)
+    state = stages.learned(stages.start(), 0.7)
+    assert LengthState.from_state_dict(state.state_dict()) == state
+    earlier = {name: value for name, value in state.state_dict().items() if name not in ("stage", "staged", "loss")}
+    assert LengthState.from_state_dict(earlier) == LengthState()  # of a run begun before there were stages
 
 
 def test_a_linear_ramp_is_a_line() -> None:
@@ -70,6 +92,64 @@ def test_a_linear_ramp_is_a_line() -> None:
 def test_a_doubling_ramp_doubles_and_halves() -> None:
     assert drawn(Ramp(8, 64, over=300, shape="doubling"), 301)[::100] == [8, 16, 32, 64]
     assert drawn(Ramp(64, 8, over=300, shape="doubling"), 301)[::100] == [64, 32, 16, 8]
+
+
+def stages(policy: Curriculum, losses: list[float | None]) -> list[int]:
+    state, found = policy.start(), []
+    for loss in losses:
+        found.append(policy.now(state))
+        state = policy.learned(policy.after(state, 1), loss)
+    return found
+
+
+def test_a_curriculum_goes_on_after_its_updates() -> None:
+    assert stages(Curriculum([1, 2, 4], updates=[2, 3], segment=8), [None] * 8) == [8, 8, 16, 16, 16, 32, 32, 32]
+    assert stages(Curriculum([1, 2, 4], updates=2), [None] * 6) == [1, 1, 2, 2, 4, 4]
+    assert stages(Curriculum([3]), [None] * 3) == [3, 3, 3]
+
+
+def test_a_curriculum_goes_on_when_its_loss_is_low_enough() -> None:
+    """A running mean over 50 updates, begun anew with each stage, which has 50 of them at least."""
+    policy = Curriculum([1, 2, 3], enough=0.5)
+    assert stages(policy, [0.4] * 120) == [1] * 50 + [2] * 50 + [3] * 20
+    losses: list[float | None] = [2.0] * 60 + [0.0] * 100
+    mean, needed = 2.0, 0  # of the plain mean, all of them 2, and then by 1/50 at each update
+    while mean > 0.5:
+        mean, needed = mean * (1 - 1 / 50), needed + 1
+    assert stages(policy, losses) == [1] * (60 + needed) + [2] * (100 - needed)
+    assert stages(policy, [0.6] * 200) == [1] * 200  # the control
+    assert stages(Curriculum([1, 2], updates=70, enough=0.5), [0.6] * 80) == [1] * 70 + [2] * 10
+
+
+def test_a_loss_that_is_no_number_does_not_end_a_stage_and_does_not_keep_it_for_ever() -> None:
+    policy = Curriculum([1, 2], enough=0.5)
+    assert stages(policy, [math.nan] * 80) == [1] * 80
+    assert stages(policy, [0.4] * 30 + [math.nan, math.inf] + [0.4] * 30) == [1] * 50 + [2] * 12
+
+
+def test_a_mixed_curriculum_draws_among_the_stages_so_far() -> None:
+    found = stages(Curriculum([1, 2, 3], updates=300, mixed=True), [None] * 900)
+    for stage in range(3):
+        part = found[300 * stage : 300 * (stage + 1)]
+        counts = [part.count(length) for length in range(1, 4)]
+        assert counts[stage + 1 :] == [0] * (2 - stage)
+        assert all(abs(each - 300 / (stage + 1)) < 45 for each in counts[: stage + 1])
+
+
+def test_the_lengths_of_adaptive_are_rounded_up_to_whole_segments() -> None:
+    """phi_k = beta^k needs ln(tolerance) / ln(beta) steps, 22 here.
+
+    Within the first segment nothing is measured, and phi is taken to be as small as at its end: so that a little more
+    is asked for, 25 steps, which are 4 segments.
+    """
+    plain, whole = Adaptive(tolerance=0.1, min=1, max=160), Adaptive(tolerance=0.1, min=1, max=160, multiple=8)
+    assert all(lag % 8 == 0 for lag in whole.lags)
+    needed = [each.needed(np.array([0.9**lag for lag in each.lags])) for each in (plain, whole)]
+    assert needed == [22, 32]
+    flat = np.array([0.9 ** max(lag, 8) for lag in range(161)])
+    assert needed_lookback(flat, 0.1) == 25
+    assert (whole.shortest, whole.longest, whole.unit) == (8, 160, 8)
+    assert whole.needed(np.zeros(len(whole.lags))) == 8
 
 
 def test_choice_draws_by_weight() -> None:
@@ -197,6 +277,20 @@ class TestAdaptive:
         lambda: Adaptive(min=5, first=4),
         lambda: Adaptive(scale_rate=True),
         lambda: Adaptive(windows="none"),
+        lambda: Adaptive(max=100, multiple=8),
+        lambda: Adaptive(max=64, first=20, multiple=8),
+        lambda: Adaptive(multiple=0),
+        lambda: Curriculum([], updates=5),
+        lambda: Curriculum([0, 1], updates=5),
+        lambda: Curriculum([1, 2]),
+        lambda: Curriculum([1, 2], updates=0),
+        lambda: Curriculum([1, 2, 3], updates=[5]),
+        lambda: Curriculum([1, 2], updates=[5, 5, 5]),
+        lambda: Curriculum([1, 2], updates="many"),
+        lambda: Curriculum([1, 2], updates=5, segment=0),
+        lambda: Curriculum([1, 2], enough=math.nan),
+        lambda: Curriculum([1, 2], enough=True),
+        lambda: Curriculum([1, 2], updates=5, seed=-1),
     ],
 )
 def test_what_cannot_be_meant_is_refused(make: Any) -> None:
