@@ -1,4 +1,4 @@
-"""Lengths of estimators on a model that is cut into segments: refused before training, and whole at the end of a pass."""
+"""Lengths on a model that is cut into segments: refused before training, and whole at the end of a pass."""
 
 from __future__ import annotations
 

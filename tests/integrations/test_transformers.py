@@ -12,6 +12,8 @@ from torch import nn
 
 import tbptt
 from tbptt.errors import CapabilityError
+from tbptt.pathways import pathways_of
+from tbptt.tree import leaf_names, tensors
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,3 +99,31 @@ def test_what_recurrent_gemma_keeps_inside_is_not_all_it_needs() -> None:
 def test_a_module_that_takes_no_state_is_refused() -> None:
     with pytest.raises(CapabilityError, match="cache_params, state, past_key_values"):
         zoo.adapt_transformer(nn.Linear(2, 2))
+
+
+HYBRIDS = ("Jamba", "Zamba2", "FalconH1", "Bamba", "MiniMax", "Lfm2")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_the_cache_of_attention_is_told_from_the_recurrence(name: str) -> None:
+    entry = next(each for each in zoo.TRANSFORMERS if each.name == name)
+    model = entry.adapt(entry.build())
+    _, state = model(entry.inputs(6))
+    ways, names = pathways_of(model, state), leaf_names(state)
+    told = {way: {names[place].split(".")[-1].split("[")[0] for place in places} for way, places in ways.items()}
+    assert told["attention"] == {"keys", "values"}
+    assert told["recurrence"] <= {"conv_states", "recurrent_states", "linear_cache"}
+    assert sum(map(len, ways.values())) == sum(leaf.is_floating_point() for leaf in tensors(state))
+
+
+def test_how_far_a_hybrid_looks_is_told_apart() -> None:
+    entry = next(each for each in zoo.TRANSFORMERS if each.name == "Jamba")
+    model = entry.adapt(entry.build())
+    stream = tbptt.ArrayStream(torch.randint(zoo.VOCABULARY, (400,)), torch.randint(zoo.VOCABULARY, (400,)), lanes=2)
+    report = tbptt.horizon.measure(model, nn.CrossEntropyLoss(), stream, max_lag=8, probes=3, costs=False)
+    assert set(report.pathways) == {"attention", "recurrence"}
+    assert all(norm > 0 for way in report.pathways.values() for norm in way.crossing.mean)
+    plain = next(each for each in zoo.TRANSFORMERS if each.name == "Mamba2")
+    model = plain.adapt(plain.build())
+    report = tbptt.horizon.measure(model, nn.CrossEntropyLoss(), stream, max_lag=8, probes=3, costs=False)
+    assert report.pathways == {}
