@@ -1,13 +1,10 @@
 """How many segments back must the gradient go for a memory token to learn what is asked for?
 
-A sequence has S segments of 12 steps, each a random order of 4 symbols, every one of them once and 8 more drawn evenly.
-In the first segment one symbol, drawn evenly, is marked at one of its places. At the last step of the last segment it
-is asked for, and only there is a loss. How often a symbol comes says nothing about the mark, and hides most of what a
-net that was never taught to write says of it by chance. Without that, where each symbol comes once, a look-back of
-S - 1 learns to read this little: it is no proof that a gradient went back to where the mark was.
+The task, in `benchmarks/recall.py`: a symbol is marked in the first of S segments, and asked for at the last step of
+the last; only there is a loss. Guessing has 1/4. The model is `SegmentTransformer`, one layer of width 32, 2 heads,
+2 memory tokens; Adam with rate 1e-3, gradients clipped at norm 1, 256 lanes.
 
-The model is `SegmentTransformer`, one layer of width 32, 2 heads, 2 memory tokens; Adam with rate 1e-3, gradients
-clipped at norm 1, 256 lanes. A window is a whole sequence, and `TBPTT(k1=12 * S, k2=12 * k)` sends its one loss k
+A window is a whole sequence, and `TBPTT(k1=12 * S, k2=12 * k)` sends its one loss k
 segments back; with k1=12 the gradient is the same, as no loss comes before the last segment, and what is run again
 costs more. Accuracy is over 2048 fresh sequences; guessing has 1/4. Training ends early where 0.99 is reached.
 
@@ -30,45 +27,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from recall import STEPS, accuracy, made, sequences
 from side_by_side import save
 from torch import nn
 
 import tbptt
-from tbptt.models import SegmentTransformer
 
-SYMBOLS, STEPS, LANES, EVERY, ENOUGH = 4, 12, 256, 50, 0.99
+LANES, EVERY, ENOUGH = 256, 50, 0.99
 SIDES = [(4, 4), (4, 3), (4, 1), (8, 8), (8, 7), (8, 4)]
 """Segments of a sequence, and how many of them the gradient goes back."""
-
-
-def sequences(segments: int, lanes: int, generator: torch.Generator) -> tbptt.Window:
-    """Return one sequence in each lane: a one-hot symbol, whether it is the marked one, whether it is asked for."""
-    drawn = torch.randint(SYMBOLS, (segments, lanes, STEPS), generator=generator)
-    drawn[..., :SYMBOLS] = torch.arange(SYMBOLS)  # so that each comes, and the marked one may be any
-    order = torch.rand(segments, lanes, STEPS, generator=generator).argsort(-1)
-    ids = drawn.gather(-1, order).transpose(1, 2).flatten(0, 1)  # (T, B)
-    marked = torch.randint(SYMBOLS, (lanes,), generator=generator)
-    where = (ids[:STEPS] == marked) * torch.rand(STEPS, lanes, generator=generator)  # any of its places
-    marks = torch.zeros(len(ids), lanes, 2)
-    marks[where.argmax(0), torch.arange(lanes), 0] = 1.0
-    marks[-1, :, 1] = 1.0
-    inputs = torch.cat([nn.functional.one_hot(ids, SYMBOLS).float(), marks], -1)
-    first, last = torch.zeros(2, len(ids), lanes, dtype=torch.bool)
-    first[0], last[-1] = True, True
-    return tbptt.Window(inputs, marked.expand(len(ids), lanes), last, first)
-
-
-def accuracy(model: SegmentTransformer, segments: int, seed: int) -> float:
-    window = sequences(segments, 2048, torch.Generator().manual_seed(10_000 + seed))
-    with torch.no_grad():
-        outputs, _ = model(window.inputs)
-    return float((outputs[-1].argmax(-1) == window.targets[-1]).float().mean())
 
 
 def train(segments: int, lookback: int, seed: int, updates: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = SegmentTransformer(SYMBOLS + 2, SYMBOLS, 32, heads=2, layers=1, memory_tokens=2, segment=STEPS)
+    model = made()
     optimizer, clip = torch.optim.Adam(model.parameters(), lr=1e-3), tbptt.ClipNorm(1.0)
     estimator = tbptt.TBPTT(k1=STEPS * segments, k2=STEPS * lookback)
     carry, generator = estimator.init(model, LANES), torch.Generator().manual_seed(seed)

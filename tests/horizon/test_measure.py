@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import tbptt
 from tbptt.errors import CapabilityError, ConfigError, StreamError
 from tbptt.horizon import measure
-from tbptt.horizon.samples import Place, Plan, places, sample
+from tbptt.horizon.samples import places, sample
+from tbptt.horizon.sent import Place, Plan
 from tbptt.loss import StepLoss
 from tbptt.models import InfluenceBalancingModel
 from tbptt.streams import Adding, DelayedRecall, InfluenceBalancing

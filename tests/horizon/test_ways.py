@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import tbptt
 from tbptt.errors import ConfigError
-from tbptt.horizon.samples import Place, Plan, places, sample
+from tbptt.horizon.samples import places, sample
+from tbptt.horizon.sent import Place, Plan
 from tbptt.loss import StepLoss
 from tbptt.models import Attentive, SegmentTransformer
 from tbptt.report import horizon_page

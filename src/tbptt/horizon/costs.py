@@ -13,7 +13,7 @@ from torch import nn
 
 from tbptt.cost import held_for_backward, in_turn
 from tbptt.estimators import TBPTT
-from tbptt.horizon.samples import Place
+from tbptt.horizon.sent import Place
 from tbptt.loss import StepLoss
 
 __all__ = ["Costs", "measure_costs"]

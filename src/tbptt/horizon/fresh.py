@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from tbptt.horizon.samples import Place, with_context
+from tbptt.horizon.samples import with_context
+from tbptt.horizon.sent import Place
 from tbptt.loss import StepLoss
 
 __all__ = ["diverged", "fresh_loss", "has_diverged"]

@@ -21,7 +21,8 @@ from tbptt.horizon.costs import measure_costs
 from tbptt.horizon.fresh import diverged, fresh_loss, has_diverged
 from tbptt.horizon.lyapunov import lyapunov_exponents
 from tbptt.horizon.report import HorizonReport
-from tbptt.horizon.samples import Plan, Samples, places, sample, ways_of
+from tbptt.horizon.samples import Samples, places, sample, ways_of
+from tbptt.horizon.sent import Plan
 from tbptt.horizon.statistics import GradientStatistics, band
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss

@@ -1,14 +1,12 @@
 """The experiment: single losses at random places of a stream, each sent back as far as was asked for.
 
-Letters: T time, B lanes, N probes, L longest lag, K lags or look-backs, M numbers of a gradient's sketch.
+Letters: B lanes, N probes, L longest lag, K lags or look-backs, M numbers of a gradient's sketch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,12 +14,10 @@ from torch import Tensor, nn
 
 from tbptt.curve import Floats
 from tbptt.errors import ConfigError, EndOfStream, NonFiniteError, StreamError
-from tbptt.estimators.history import Stretch
-from tbptt.estimators.probe import run_chain
-from tbptt.estimators.segments import Gradients, add, lane_norms, walk_back
 from tbptt.horizon.inputs import InputTap, has_any
+from tbptt.horizon.sent import Place, Plan, Sent
 from tbptt.horizon.statistics import Sketch
-from tbptt.horizon.ways import Way, parts_crossing, ways_back
+from tbptt.horizon.ways import OneWay, Way
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, trainable_parameters
 from tbptt.pathways import pathways_of
@@ -30,53 +26,12 @@ from tbptt.tree import LaneDims, Tree, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Place", "Plan", "Samples", "places", "sample", "ways_of", "with_context"]
+__all__ = ["Samples", "places", "sample", "ways_of", "with_context"]
 
 _NEAR = 16
 """Steps after the last lag among which a loss with a target is looked for."""
 _TRIES = 50
 """Stretches of the stream that are read without any target before that is an error."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.
-
-    Args:
-        lags: where the state's gradient is, rising to the longest, L.
-        lookbacks: whose gradients are compared, rising to L; each is one of the lags.
-        gradients: whether they are.
-        context: whether the loss with little context is measured.
-        ways: by which the past comes, to be told apart; none for all as one.
-    """
-
-    lags: tuple[int, ...]
-    lookbacks: tuple[int, ...]
-    gradients: bool = True
-    context: bool = True
-    ways: tuple[str, ...] = ()
-
-    @property
-    def longest(self) -> int:
-        """The longest lag, L."""
-        return self.lags[-1]
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A place in the stream where a loss is sent back from.
-
-    Args:
-        window: L steps.
-        state: the state before them, carried from the stream's beginning; None for the model's initial state.
-        dims: the lane dimension of each tensor of the state.
-        early: how many steps before the last of them the loss is that counts; less than the resolution.
-    """
-
-    window: Window
-    state: Tree | None
-    dims: LaneDims | None
-    early: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,10 +164,10 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
     gradients: list[Tensor] = []
     losses: list[float] = []
     context: list[list[float]] = []
-    ways: dict[str, list[_OneWay]] = {name: [] for name in plan.ways}
+    ways: dict[str, list[OneWay]] = {name: [] for name in plan.ways}
     for place in found:
         tap = InputTap(model) if has_any(place.window.inputs, model) else None
-        probe = _Sent(model, loss, place, plan, parameters if plan.gradients else [], tap, sketch)
+        probe = Sent(model, loss, place, plan, parameters if plan.gradients else [], tap, sketch)
         states.append(probe.state)
         losses.append(probe.loss)
         for name, each in probe.ways.items():
@@ -230,7 +185,7 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
         gradients=torch.stack(gradients) if plan.gradients else None,
         losses=np.array(losses),
         context=np.array(context) if plan.context else None,
-        ways={name: _over_probes(plan, each) for name, each in ways.items()},
+        ways={name: Way.of(plan.lags, each) for name, each in ways.items()},
     )
 
 
@@ -248,97 +203,6 @@ def _refuse_broken(measured: Sequence[Sequence[float | list[float] | Tensor]], c
             fix="weights from before it diverged, and a lower learning rate from there; or "
             "Window(mask=torch.isfinite(...)), if it is the data",
         )
-
-
-_OneWay: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""Of one probe and way: what crosses and what comes alone, shape (K,), and what arrives at the input, shape (L,)."""
-
-
-def _over_probes(plan: Plan, probes: Sequence[_OneWay]) -> Way:
-    crossing = torch.stack([crossing for crossing, _, _ in probes]).numpy()
-    alone = torch.stack([alone for _, alone, _ in probes]).numpy()
-    inputs = [arrived for _, _, arrived in probes if arrived is not None]
-    return Way.of(plan.lags, crossing, alone, torch.stack(inputs).numpy() if len(inputs) == len(probes) else None)
-
-
-class _Sent:
-    """One loss on its way back."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: StepLoss,
-        place: Place,
-        plan: Plan,
-        parameters: list[Tensor],
-        tap: InputTap | None,
-        sketch: Sketch,
-    ) -> None:
-        longest = plan.longest
-        window = place.window
-        news = plan.lags[0]
-        past = Stretch(window[: longest - news].without_targets(), place.state)
-        newest = window[longest - news :]
-        only = torch.zeros_like(newest.mask)
-        only[news - 1 - place.early] = newest.mask[news - 1 - place.early]
-        newest = replace(newest, mask=only)
-        # inside of a piece ways cannot be told apart, so there it must be as short as it can be
-        lags = range(news, longest + 1, news) if plan.ways else plan.lags
-        cuts = [longest - lag for lag in lags]
-        valid, count = loss.valid(newest)
-        self._lanes, self._count, self._dims = valid[news - 1 - place.early], count, place.dims
-        enter = nullcontext if tap is None else tap.enter
-        chain, begins = run_chain(model, loss, past, newest, place.dims, cuts, enter)
-        tapped = [list(tap.tapped[index]) if tap else [] for index in range(len(chain))]
-        asked = [[*parameters, *each] for each in tapped]
-        total: Gradients = [None] * len(parameters)
-        at_lag: dict[int, Tensor] = {}
-        parts: dict[int, dict[str, Tensor]] = {}
-        pieces: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        last = chain[-1].loss
-        assert last is not None
-        self.loss = float(last.detach()) / count
-        one = torch.ones_like(last)
-
-        def of_inputs(index: int, gradients: Gradients) -> Tensor:
-            assert tap is not None
-            return tap.norms(index, gradients, chain[index].steps)[:, self._lanes].mean(1).flip(0)
-
-        for step in walk_back(chain, asked, one, to_start=True, keep=bool(plan.ways)):
-            start, lag = chain[step.index].start, longest - begins[step.index]
-            total = add(total, step.gradients[: len(parameters)])
-            if parameters and lag in plan.lookbacks:
-                known = [
-                    torch.zeros_like(each) if gradient is None else gradient / count
-                    for each, gradient in zip(parameters, total, strict=True)
-                ]
-                self.gradients.append(sketch(known))
-            if start is not None:
-                at_lag[lag] = self._norm(step.cotangent, start)
-                parts[lag] = parts_crossing(model, plan.ways, start, step.cotangent, self._norm)
-            if tap is not None:
-                pieces.append(of_inputs(step.index, step.gradients[len(parameters) :]))
-        self.state = _at(plan, at_lag)
-        self.inputs = torch.cat(pieces).cpu() if tap is not None else None
-        alone = ways_back(model, plan.ways, chain, one, self._norm, tapped, None if tap is None else of_inputs)
-        self.ways: dict[str, _OneWay] = {}
-        for name, (at_start, arrived) in alone.items():
-            crossing = {lag: each[name] for lag, each in parts.items()}
-            by_lag = {longest - begins[index]: norm for index, norm in at_start.items()}
-            self.ways[name] = _at(plan, crossing), _at(plan, by_lag), None if arrived is None else arrived.cpu()
-
-    def _norm(self, cotangent: Gradients, start: Tree) -> Tensor:
-        """Return the mean norm over the lanes that have a target."""
-        norms = lane_norms(cotangent, start, self._dims)
-        if len(norms) == len(self._lanes):
-            return norms[self._lanes].mean()
-        return norms.mean() / self._count**0.5
-
-
-def _at(plan: Plan, found: Mapping[int, Tensor]) -> Tensor:
-    zero = torch.zeros((), dtype=torch.float64)
-    return torch.stack([found.get(lag, zero).cpu() for lag in plan.lags])
 
 
 def with_context(model: nn.Module, loss: StepLoss, place: Place, steps: int) -> float:

@@ -5,20 +5,33 @@ Letters: B lanes, N probes, K lags, L longest lag.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tbptt.curve import Floats
-from tbptt.estimators.segments import Boundary, Gradients, Segment, walk_back
+from tbptt.estimators.segments import Boundary, Gradients
 from tbptt.horizon.statistics import Band, band
 from tbptt.pathways import pathways_of
 from tbptt.tree import Tree, tensors
 
-__all__ = ["Norm", "Way", "parts_crossing", "ways_back"]
+__all__ = ["OneWay", "Way", "only", "part_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class OneWay:
+    """What one loss gave along one way; see `Way`.
+
+    Args:
+        crossing: by lag. Shape (K,).
+        alone: by lag. Shape (K,).
+        inputs: by lag from 0. Shape (L,); None where there is none to ask about.
+    """
+
+    crossing: Tensor
+    alone: Tensor
+    inputs: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,75 +52,27 @@ class Way:
     inputs: Band | None
 
     @staticmethod
-    def of(lags: Sequence[int], crossing: Floats, alone: Floats, inputs: Floats | None) -> Way:
-        """Return the means and intervals over probes. Shapes (N, K), (N, K) and (N, L)."""
+    def of(lags: Sequence[int], probes: Sequence[OneWay]) -> Way:
+        """Return the means and intervals over probes, N."""
+        crossing = torch.stack([each.crossing for each in probes]).numpy()
+        alone = torch.stack([each.alone for each in probes]).numpy()
+        arrived = [each.inputs for each in probes if each.inputs is not None]
+        inputs = torch.stack(arrived).numpy() if len(arrived) == len(probes) else None
         seen = None if inputs is None else band(range(inputs.shape[1]), inputs)
         return Way(band(lags, crossing), band(lags, alone), seen)
 
 
-Norm: TypeAlias = Callable[[Gradients, Tree], Tensor]
-"""Of a gradient with respect to a state, and that state: 0-dim."""
+def only(model: nn.Module, name: str) -> Boundary:
+    """Return the rule that lets one way's part of the gradient cross a boundary, and stops the others."""
 
-
-def ways_back(
-    model: nn.Module,
-    names: Sequence[str],
-    chain: Sequence[Segment],
-    weight: Tensor,
-    norm: Norm,
-    tapped: Sequence[Sequence[Tensor]],
-    norms_of_inputs: Callable[[int, Gradients], Tensor] | None,
-) -> dict[str, tuple[dict[int, Tensor], Tensor | None]]:
-    """Send the loss of a chain back along each way alone.
-
-    Args:
-        model: tells which part of the state is which way.
-        names: of the ways.
-        chain: of pieces in which nothing is to be told apart; their graphs are gone afterwards.
-        weight: of the loss.
-        norm: of a gradient of a state.
-        tapped: for each piece, the inputs to ask about.
-        norms_of_inputs: of a piece's inputs, by lag, newest first; None for no inputs.
-
-    Returns:
-        By way: the norm at the start of each piece, by its place in the chain; and at the inputs, by lag.
-
-    Cost: a backward pass over the chain for each way.
-    """
-    found: dict[str, tuple[dict[int, Tensor], Tensor | None]] = {}
-    for name in names:
-        at_start: dict[int, Tensor] = {}
-        pieces: list[Tensor] = []
-        keep = name != names[-1]
-        for step in walk_back(chain, tapped, weight, keep=keep, to_start=True, boundary=_only(model, name)):
-            start = chain[step.index].start
-            if start is not None:
-                at_start[step.index] = norm(_part(model, name, start, step.cotangent), start)
-            if norms_of_inputs is not None:
-                norms = norms_of_inputs(step.index, step.gradients)
-                pieces.append(norms if step.index < len(chain) - 1 else torch.zeros_like(norms))
-        found[name] = at_start, torch.cat(pieces) if pieces else None
-    return found
-
-
-def parts_crossing(
-    model: nn.Module, names: Sequence[str], start: Tree, cotangent: Gradients, norm: Norm
-) -> dict[str, Tensor]:
-    """Return the norm of each way's part of a gradient that arrives at a state."""
-    return {name: norm(_part(model, name, start, cotangent), start) for name in names}
-
-
-def _only(model: nn.Module, name: str) -> Boundary:
-    """Let one way's part of the gradient cross a boundary, and stop the others."""
-
-    def only(index: int, start: Tree, cotangent: Gradients, /) -> Gradients:
+    def rule(index: int, start: Tree, cotangent: Gradients, /) -> Gradients:
         del index  # whichever it is
-        return _part(model, name, start, cotangent)
+        return part_of(model, name, start, cotangent)
 
-    return only
+    return rule
 
 
-def _part(model: nn.Module, name: str, start: Tree, cotangent: Gradients) -> Gradients:
+def part_of(model: nn.Module, name: str, start: Tree, cotangent: Gradients) -> Gradients:
     """Return one way's part of the gradient of a state; all of it is gone where a state has not got that way yet."""
     mine = pathways_of(model, start).get(name, ())
     places = [place for place, leaf in enumerate(tensors(start)) if leaf.requires_grad]
