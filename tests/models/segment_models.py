@@ -5,7 +5,7 @@ Letters: T time, B lanes, W width, S steps of a segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,8 +81,38 @@ def by_hand(
     return outputs, past, dict(zip(weights, zeros, strict=True))
 
 
+def by_lane(
+    model: SegmentTransformer,
+    window: tbptt.Window,
+    injected: Sequence[int],
+    lookback: int,
+    *,
+    resets: Mapping[int, int],
+    cuts: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """Return the gradient of `by_hand`, each lane by itself, so that it may start anew.
+
+    Args:
+        resets: the segment with which a lane starts anew.
+        cuts: the segments before which the graph ends as well.
+    """
+    total: dict[str, Tensor] = {}
+    for lane in range(window.lanes):
+
+        def between(segment: int, past: plain.Past, lane: int = lane) -> plain.Past:
+            if segment == resets.get(lane):
+                return plain.start(dict(model.named_parameters()), sizes(model), 1)
+            return past.cut() if segment in cuts else past
+
+        alone = tbptt.Window(window.inputs[:, lane : lane + 1], window.targets[:, lane : lane + 1])
+        for name, each in by_hand(model, alone, injected, lookback, between)[2].items():
+            total[name] = total[name] + each if name in total else each
+    return total
+
+
 def last_estimate(estimator: tbptt.Estimator, model: nn.Module, window: tbptt.Window, steps: int = S) -> tbptt.Estimate:
     """Return the estimate of the last window."""
+    estimator.prepare(model, window.inputs[:S])
     carry, estimate = estimator.init(model, window.lanes), None
     for begin in range(0, window.steps, steps):
         estimate, carry = estimator.estimate(model, losses, carry, window[begin : begin + steps])
@@ -97,4 +127,6 @@ def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def summed(estimate: tbptt.Estimate) -> dict[str, Tensor]:
-    return {name: each * estimate.weight for name, each in estimate.gradients.items()}
+    """Return the gradient of the summed losses, without that of a predictor."""
+    own = {name: each for name, each in estimate.gradients.items() if not name.startswith("synthetic_gradients.")}
+    return {name: each * estimate.weight for name, each in own.items()}
