@@ -14,7 +14,6 @@ from segment_models import (
     SEGMENTS,
     B,
     S,
-    W,
     apart,
     by_hand,
     data,
@@ -23,7 +22,6 @@ from segment_models import (
     last_estimate,
     losses,
     made,
-    sizes,
     summed,
 )
 from torch import Tensor, nn
@@ -147,31 +145,6 @@ def test_artbp_scales_what_crosses_a_segment(kind: str) -> None:
     assert estimate.weight == mean * B
     assert apart(summed(estimate), expected) < 1e-10
     assert apart(summed(estimate), by_hand(model, window, range(3), 3)[2]) > 1e-3  # the control
-
-
-def test_synthetic_gradients_reach_what_is_written() -> None:
-    model, window = made("tokens"), data(3)
-    net = nn.Linear(2 * W, 2 * W).double()
-    estimator = tbptt.SyntheticGradients(S, predictor="own")
-    estimator.attach(model, window.inputs[:S], net)
-    estimate = last_estimate(estimator, model, window)
-    own = {name: each for name, each in summed(estimate).items() if not name.startswith("synthetic_gradients")}
-
-    def gradient(share: float) -> dict[str, Tensor]:
-        weights = {name: each for name, each in model.named_parameters() if name in own}
-        past = plain.start(weights, sizes(model), B)
-        for segment in range(2):
-            _, past = plain.run_segment(weights, sizes(model), window.inputs[segment * S : (segment + 1) * S], past)
-        past = past.cut()
-        outputs, past = plain.run_segment(weights, sizes(model), window.inputs[-S:], past)
-        rows = torch.cat(past.tokens, -1)
-        ahead = (rows @ net.weight.T + net.bias).detach()
-        total = losses(outputs, window.targets[-S:]).sum() + share * (ahead * rows).sum()
-        found = torch.autograd.grad(total, list(weights.values()), materialize_grads=True, allow_unused=True)
-        return dict(zip(weights, found, strict=True))
-
-    assert apart(own, gradient(1.0)) < 1e-10
-    assert apart(own, gradient(0.0)) > 1e-3  # the control: TBPTT(S, S)
 
 
 def test_detached_memory_stops_gradients_at_each_segment_and_tokens_do_not() -> None:
