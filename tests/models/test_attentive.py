@@ -80,6 +80,7 @@ def test_lanes_that_started_at_other_steps_store_at_their_own() -> None:
 
 def test_memories_alike_have_a_finite_gradient() -> None:
     """Nothing is fed in, so that all memories become the same: equal scores divide by nothing."""
+    torch.manual_seed(0)  # with some weights it takes longer until they are
     layer = Attentive(nn.LSTM(1, 4), k_att=1, k_top=2, memory=8)
     outputs, _ = layer(torch.zeros(200, 1, 1))
     outputs.square().sum().backward()

@@ -52,7 +52,7 @@ class PerLane(nn.Module):
     ) -> None:
         super().__init__()
         self.held = [model]  # in a list: its parameters are not this module's
-        self.lanes, self.dims = lanes, dims or () if lanes == 1 else known_dims(dims)
+        self.lanes, self.dims = lanes, known_dims(dims) if lanes > 1 else (dims or ())
         self.vectorized = False if lanes == 1 else vectorized
         self.weights = dict(parameters)
         if lanes > 1:

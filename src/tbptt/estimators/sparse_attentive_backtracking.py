@@ -64,9 +64,9 @@ class SparseAttentiveBacktracking(Estimator):
 
     Exactness: biased, by what neither a chosen memory nor k_trunc steps lead back to, and where `boundary` clips; exact
         as the gradient of the graph with the recurrent state detached at each cut
-        (tests/estimators/test_sparse_attentive.py). No `reach` is
-        promised: how far a gradient really goes depends on which memories are chosen. With a lookback above k1 the
-        steps before the window are run again with today's weights, but older memories are as they were when stored.
+        (tests/estimators/test_sparse_attentive.py). No `reach` is promised: how far a gradient really goes depends on
+        which memories are chosen. With a lookback above k1 the steps before the window are run again with today's
+        weights, but older memories are as they were when stored.
     Cost: `lookback` steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the
         graph of any step may yet be needed. A call of the model for each k_trunc steps.
     Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. In the released code the first
