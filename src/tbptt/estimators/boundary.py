@@ -55,8 +55,13 @@ class ClipBoundary:
                 fix="ClipBoundary(1.0)",
             )
 
-    def refuse_unless(self, crossed: bool, owner: str) -> None:
+    def refuse_unless(self, crossed: bool, owner: str, fix: str = "k2 > k1") -> None:
         """Refuse to be given to an estimator whose gradient crosses no boundary.
+
+        Args:
+            crossed: whether it crosses one.
+            owner: the estimator, in words.
+            fix: a setting with which it would.
 
         Raises:
             ConfigError: it does not.
@@ -65,7 +70,7 @@ class ClipBoundary:
             raise ConfigError(
                 f"boundaries to clip at were expected, but with {owner} the gradient crosses none: "
                 f"{self} would never act",
-                fix="k2 > k1, or ClipNorm(...) among the guards for the parameters' gradient",
+                fix=f"{fix}, or ClipNorm(...) among the guards for the parameters' gradient",
             )
 
     def at(self, dims: LaneDims | None) -> Boundary:

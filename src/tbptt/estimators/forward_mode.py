@@ -298,7 +298,7 @@ class ForwardMode(Estimator):
                 fix="carry = estimator.init(model, lanes), which starts anew",
             )
         weights = dict(zip(run.names, run.parameters, strict=True))
-        lanes = PerLane(model, weights, chain.lanes, chain.dims or (), carry.vectorized)
+        lanes = PerLane(model, weights, chain.lanes, chain.dims, carry.vectorized)
         made = self._run(run, lanes, window)
         sums, norms, influence = self.made_of(made, influence, chain.draws)
         count = run.num_terms

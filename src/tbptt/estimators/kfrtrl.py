@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
+from tbptt.estimators.perlane import check_single_steps
 from tbptt.estimators.random_products import balance, norms_of, signs
 from tbptt.length.base import check_seed
+from tbptt.tree import LaneDims
+from tbptt.window import Window
 
 __all__ = ["KFRTRL"]
 
@@ -75,6 +78,12 @@ class KFRTRL(CarriedInfluence):
     def __post_init__(self) -> None:
         CarriedInfluence.__post_init__(self)
         check_seed(self)
+
+    def begin(self, model: nn.Module, window: Window, dims: LaneDims | None) -> Influence:
+        """Return nothing, for a model that can be run step by step."""
+        del dims  # not needed yet
+        check_single_steps(model, window.inputs)
+        return {}
 
     def past(self, influence: Influence, arrived: Tensor) -> dict[str, Tensor]:
         """Return (q A)^T u^T, each weight its columns."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.forward_mode import ForwardMode, Influence, LaneSegment, add_to
+from tbptt.estimators.perlane import check_single_steps
 from tbptt.estimators.segments import Gradients, Segment
 from tbptt.estimators.sparsity import tried_step
 from tbptt.length.base import check_seed
@@ -181,8 +182,9 @@ class _Units:
         """Find them out by derivatives at random states and inputs; nothing remains in the model.
 
         Raises:
-            CapabilityError: a state whose tensors are not of one size.
+            CapabilityError: a state whose tensors are not of one size, or a model that takes no single steps.
         """
+        check_single_steps(model, inputs)
         parameters = trainable_parameters(model)
         units: _Units | None = None
         with fork_random(tensors(inputs)[0].device), left_as_it_was(model):

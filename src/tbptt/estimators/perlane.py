@@ -11,37 +11,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tbptt.errors import TbpttError
+from tbptt.errors import CapabilityError, TbpttError
+from tbptt.estimators.rows import known_dims
 from tbptt.model import fork_random, initial_state, left_as_it_was, split_result, with_parameters
-from tbptt.tree import LaneDims, Tree, replace_tensors, tensors, tree_map
+from tbptt.tree import LaneDims, Tree, replace_tensors, tensors, time_slice, tree_map
 
-__all__ = ["PerLane"]
+__all__ = ["PerLane", "check_single_steps"]
 
 
 class PerLane(nn.Module):
     """Runs a model so that each lane has a copy of the weights, and the gradient of a copy is that of its lane.
 
     The copies share their memory; nothing is computed twice. Side by side where `torch.func.vmap` can run the model,
-    else one lane after another.
+    else one lane after another. Attention is computed as it is written: torch's faster kernels have no second
+    derivative, and not all of them a rule for being vectorised.
 
     Args:
         model: the model.
         parameters: those that are to have copies, by name.
         lanes: B.
-        dims: the lane dimension of each tensor of the state.
+        dims: the lane dimension of each tensor of the state; None where they were not found.
         vectorized: side by side, or one after another; None: to be found out at the first run.
 
     Attributes:
         weights: the copies, leaves of the graph, by name. Each (B, ...); of one lane the parameters themselves.
+
+    Raises:
+        CapabilityError: several lanes, and it is not known where they are in the state.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], lanes: int, dims: LaneDims, vectorized: bool | None
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        lanes: int,
+        dims: LaneDims | None,
+        vectorized: bool | None,
     ) -> None:
         super().__init__()
         self.held = [model]  # in a list: its parameters are not this module's
-        self.lanes, self.dims = lanes, dims
+        self.lanes, self.dims = lanes, known_dims(dims) if lanes > 1 else (dims or ())
         self.vectorized = False if lanes == 1 else vectorized
         self.weights = dict(parameters)
         if lanes > 1:
@@ -58,11 +69,12 @@ class PerLane(nn.Module):
 
     def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
         """Run the model over inputs (T, B, ...)."""
-        if self.lanes == 1:
-            return split_result(self.held[0], self.held[0](inputs, state))
-        if self.vectorized is None:
-            self.vectorized = not self._obstacle(inputs, state)
-        return self._side_by_side(inputs, state) if self.vectorized else self._one_by_one(inputs, state)
+        with sdpa_kernel(SDPBackend.MATH):
+            if self.lanes == 1:
+                return split_result(self.held[0], self.held[0](inputs, state))
+            if self.vectorized is None:
+                self.vectorized = not self._obstacle(inputs, state)
+            return self._side_by_side(inputs, state) if self.vectorized else self._one_by_one(inputs, state)
 
     def _with(self, lane: int, function: Callable[[], Any]) -> Any:
         return with_parameters(self.held[0], {name: each[lane] for name, each in self.weights.items()}, function)
@@ -121,3 +133,31 @@ class PerLane(nn.Module):
             except Exception as error:  # whatever torch or the model says to being vectorised
                 return f"{type(error).__name__}: {error}"
         return ""
+
+
+def check_single_steps(model: nn.Module, inputs: Tree) -> None:
+    """Refuse a model that cannot be run step by step. Nothing remains of trying it.
+
+    Args:
+        model: the model.
+        inputs: an example, leaves (T, B, ...).
+
+    Raises:
+        CapabilityError: it takes longer windows only.
+    """
+    first = tensors(inputs)[0]
+    one = time_slice(inputs, 0, 1)
+    with fork_random(first.device), left_as_it_was(model), torch.no_grad():
+        try:
+            state = initial_state(model, first.shape[1])
+            for _ in range(2):
+                _, state = split_result(model, model(one, state))
+        except CapabilityError:
+            raise
+        except Exception as error:  # whatever a model says to a length that it does not take
+            split_result(model, model(inputs, initial_state(model, first.shape[1])))  # if to all, it says it again
+            raise CapabilityError(
+                "a model that goes on after each step was expected, as influence is brought on step by step, but a "
+                f"{type(model).__name__} takes longer windows only: {str(error).partition(chr(10))[0]}",
+                fix="TBPTT(k1, k2); or RTRL(k1) or UORO(k1), which bring it on window by window",
+            ) from error

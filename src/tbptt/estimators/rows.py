@@ -12,7 +12,12 @@ from tbptt.errors import CapabilityError
 from tbptt.estimators.segments import Gradients
 from tbptt.tree import LaneDims, Tree, differentiable, tensors
 
-__all__ = ["cotangent_of", "rows_of"]
+__all__ = ["cotangent_of", "known_dims", "rows_of"]
+
+_NOT_FOUND = (
+    "it could not be found out which dimension of its tensors the lanes are: the model does not go on after a window "
+    "of so many steps, or does not take one lane more"
+)
 
 
 def rows_of(state: Tree, dims: LaneDims | None, gradient: Gradients | None = None) -> Tensor:
@@ -55,6 +60,17 @@ def cotangent_of(rows: Tensor, state: Tree, dims: LaneDims | None) -> Gradients:
     return found
 
 
+def known_dims(dims: LaneDims | None) -> LaneDims:
+    """Return the lane dimensions of a state, which were looked for.
+
+    Raises:
+        CapabilityError: they were not found.
+    """
+    if dims is None:
+        raise _refusal(_NOT_FOUND)
+    return dims
+
+
 def _lane_dims(state: Tree, dims: LaneDims | None) -> list[int]:
     leaves = tensors(state)
     if dims is not None and len(dims) == len(leaves):
@@ -66,8 +82,12 @@ def _lane_dims(state: Tree, dims: LaneDims | None) -> list[int]:
             "it has no tensor with a gradient" if not found else "a tensor of it has no lanes, or grows with every step"
         )
     else:
-        why = "it could not be found out which dimension of its tensors the lanes are"
-    raise CapabilityError(
+        why = _NOT_FOUND
+    raise _refusal(why)
+
+
+def _refusal(why: str) -> CapabilityError:
+    return CapabilityError(
         f"a state of a fixed size in each lane was expected, to be taken apart by lane, but {why}",
-        fix="TBPTT(k1, k2), or give each tensor of the state a lane dimension",
+        fix="TBPTT(k1, k2); windows that the model goes on after; or a lane dimension in each tensor of the state",
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
+from tbptt.estimators.boundary import ClipBoundary, rule_at
 from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Boundary, Gradients
@@ -54,14 +55,18 @@ class SparseAttentiveBacktracking(Estimator):
         lookback: how far a gradient goes back along memories at most, its own step included, at least k1; those that
             are older are looked up, and no gradient goes along. Left out: k1, so that it stays within the window.
         keep_outputs: whether estimates hold the window's outputs.
+        boundary: what becomes of the gradient that goes on along memories, at each cut: `ClipBoundary(max_norm)` clips
+            it there, after the recurrent part is stopped; None: it goes on as it is.
 
     Raises:
-        ConfigError: a number of steps below 1, a k_trunc above k1, or a lookback below it.
+        ConfigError: a number of steps below 1, a k_trunc above k1, or a lookback below it; or a boundary, and nothing
+            that could be cut.
 
-    Exactness: biased, by what neither a chosen memory nor k_trunc steps lead back to; exact as the gradient of the
-        graph with the recurrent state detached at each cut (tests/estimators/test_sparse_attentive.py). No `reach` is
-        promised: how far a gradient really goes depends on which memories are chosen. With a lookback above k1 the
-        steps before the window are run again with today's weights, but older memories are as they were when stored.
+    Exactness: biased, by what neither a chosen memory nor k_trunc steps lead back to, and where `boundary` clips; exact
+        as the gradient of the graph with the recurrent state detached at each cut
+        (tests/estimators/test_sparse_attentive.py). No `reach` is promised: how far a gradient really goes depends on
+        which memories are chosen. With a lookback above k1 the steps before the window are run again with today's
+        weights, but older memories are as they were when stored.
     Cost: `lookback` steps forward and back, and memory of their graphs: cutting the recurrence saves none of it, as the
         graph of any step may yet be needed. A call of the model for each k_trunc steps.
     Reference: Ke et al. (2018), "Sparse attentive backtracking", arXiv:1809.03702. In the released code the first
@@ -83,13 +88,14 @@ class SparseAttentiveBacktracking(Estimator):
     k_trunc: int
     lookback: int | None = None
     keep_outputs: bool = False
+    boundary: ClipBoundary | None = None
 
     kind: ClassVar[str] = "biased"
 
     @classmethod
     def examples(cls) -> tuple[SparseAttentiveBacktracking, ...]:
-        """Return settings within the window and beyond it; see `Estimator.examples`."""
-        return cls(6, 2), cls(5, 2), cls(4, 2, lookback=9)
+        """Return settings within the window and beyond it, clipped and not; see `Estimator.examples`."""
+        return cls(6, 2), cls(5, 2), cls(4, 2, lookback=9), cls(6, 2, boundary=ClipBoundary(0.01))
 
     def __post_init__(self) -> None:
         for name in ("k1", "k_trunc") if self.lookback is None else ("k1", "k_trunc", "lookback"):
@@ -106,6 +112,10 @@ class SparseAttentiveBacktracking(Estimator):
                 "gradient goes back through all of the window",
                 fix=f"lookback=None, or lookback={2 * self.k1}",
             )
+        if self.boundary is not None:
+            owner = f"SparseAttentiveBacktracking(k1={self.k1}, k_trunc={self.k_trunc})"
+            crossed = self.k_trunc < (self.lookback or self.k1)
+            self.boundary.refuse_unless(crossed, owner, fix=f"lookback={2 * self.k1}")
 
     def next_steps(self, carry: ChainCarry) -> int:
         """Return k1."""
@@ -135,7 +145,8 @@ class SparseAttentiveBacktracking(Estimator):
     def estimate(self, model: nn.Module, loss: Loss, carry: ChainCarry, window: Window) -> tuple[Estimate, ChainCarry]:
         """Run the model over `window` and estimate the gradient of its losses.
 
-        `boundary_norms` are of all that arrives at a cut, the recurrent part, which stops there, included.
+        `boundary_norms` are of all that arrives at a cut, before clipping, the recurrent part, which stops there,
+        included.
 
         Raises:
             ShapeError: a window longer than k1 or of another number of lanes, without targets for the loss, or a model
@@ -152,26 +163,28 @@ class SparseAttentiveBacktracking(Estimator):
         steps = news + window.steps
         chain, stretches = run.look_back(past, window, range(news % self.k_trunc, steps, self.k_trunc))
         injected = run.num_terms
-        pulled = run.pull(chain, injected, boundary=along(_memories(model, chain[-1].end)))
+        rule = along(_memories(model, chain[-1].end), rule_at(self.boundary, carry.dims))
+        pulled = run.pull(chain, injected, boundary=rule)
         if lookback > self.k1:
             carry = replace(carry, past=carry.past.followed_by(stretches, news, lookback))
         return run.estimate(pulled, injected, steps), replace(carry, state=detach(chain[-1].end))
 
 
-def along(memories: Collection[int]) -> Boundary:
+def along(memories: Collection[int], then: Boundary) -> Boundary:
     """Return the rule that stops all of the state's gradient but that of its memories.
 
     Args:
         memories: their places among the state's tensors.
+        then: what becomes of the rest.
     """
 
     def jump(index: int, start: Tree, cotangent: Gradients, /) -> Gradients:
-        del index  # the same rule everywhere
         kept = {id(leaf) for place, leaf in enumerate(tensors(start)) if place in memories}
-        return [
+        passing = [
             gradient if id(leaf) in kept else None
             for leaf, gradient in zip(differentiable(start), cotangent, strict=True)
         ]
+        return then(index, start, passing)
 
     return jump
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.estimators.forward_mode import LaneSegment
-from tbptt.estimators.perlane import PerLane
+from tbptt.estimators.perlane import PerLane, check_single_steps
 from tbptt.estimators.segments import Segment
 from tbptt.model import fork_random, left_as_it_was, trainable_parameters
 from tbptt.tree import LaneDims, Tree, detach, replace_tensors, tensors, time_slice
@@ -102,8 +102,12 @@ def probe(model: nn.Module, window: Window, dims: LaneDims | None, seed: int = 0
         dims: the lane dimensions of the state.
         seed: of the probes.
 
+    Raises:
+        CapabilityError: a model that takes no single steps.
+
     Cost: S backward passes through one step for each probe, all lanes side by side.
     """
+    check_single_steps(model, window.inputs)
     with fork_random(window.mask.device), left_as_it_was(model):
         torch.manual_seed(seed)
         state: Tensor | None = None
@@ -131,7 +135,7 @@ def tried_step(model: nn.Module, inputs: Tree, at: int, dims: LaneDims | None, *
     step = Window(time_slice(inputs, at, at + 1))
     step = Window(moved_at_random(step.inputs)) if moved else step
     parameters = trainable_parameters(model)
-    lanes = PerLane(model, parameters, step.lanes, dims or (), vectorized=False)
+    lanes = PerLane(model, parameters, step.lanes, dims, vectorized=False)
     first = detach(Segment.run(lanes, step, None, dims, track=False).end)
     run = Segment.run(lanes, step, moved_at_random(first) if moved else first, dims, track=True)
     one = next(iter(parameters.values())).real.new_ones(())

@@ -73,7 +73,7 @@ class SegmentTransformer(nn.Module):
         ConfigError: settings that cannot be meant, alone or together.
 
     Exactness: gradients through both memories are those of plain autograd, and exactly zero beyond the look-back
-        (tests/models/test_segmented.py).
+        (tests/models/test_segments_estimators.py).
     Cost: a segment attends over (S + 2 K) (M + S + 2 K) pairs a layer and head; without segments a window over
         T (M + T), so that a long one is better cut. The state has B (L M + K) W numbers.
     Reference: Dai et al. (2019), "Transformer-XL", arXiv:1901.02860; `same_length` in its code: without segments.
@@ -222,8 +222,8 @@ class SegmentTransformer(nn.Module):
                 f"a state at the end of a segment was expected, but that of lane {lane} stands after step "
                 f"{int(state.place[lane])} of a segment of {self.segment}: what is seen, and what is written, depends "
                 "on where segments end",
-                fix=f"windows, look-backs and sequences that are multiples of segment={self.segment}; or "
-                "memory=... with segment=None, which takes any length",
+                fix=f"windows, look-backs, sequences, and an estimator's own segment= or block= that are multiples of "
+                f"segment={self.segment}; or memory=... with segment=None, which takes any length",
             )
         return state
 
