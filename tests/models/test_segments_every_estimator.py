@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from segment_models import INPUTS, OUTPUTS, apart, losses, summed
-from torch import Tensor
+from torch import Tensor, nn
 
 import tbptt
 from tbptt import Estimator
@@ -53,7 +53,7 @@ def data(steps: int) -> tbptt.Window:
     return tbptt.Window(torch.randn(steps, B, INPUTS).double(), torch.randn(steps, B, OUTPUTS).double())
 
 
-def estimates(estimator: Estimator, model: SegmentTransformer, window: tbptt.Window) -> list[tuple[int, Any]]:
+def estimates(estimator: Estimator, model: nn.Module, window: tbptt.Window) -> list[tuple[int, Any]]:
     """Return each window's estimate and the step after it."""
     estimator.prepare(model, window.inputs[: estimator_steps(estimator)])
     carry, at, found = estimator.init(model, window.lanes), 0, list[tuple[int, Any]]()
@@ -121,8 +121,21 @@ def test_methods_that_go_step_by_step_name_those_that_go_window_by_window() -> N
         assert "takes longer windows only: a state at the end of a segment" in str(caught.value)
         assert "RTRL(k1) or UORO(k1)" in str(caught.value)
     for estimator in (tbptt.RTRL(1), tbptt.UORO(1)):
-        with pytest.raises(CapabilityError, match="does not go on after a window of so many steps"):
+        with pytest.raises(ConfigError, match=f"k1 in multiples of the segments of {S} steps"):
             estimates(estimator, made("both"), data(2 * S))
+        with pytest.raises(CapabilityError, match="does not go on after a window of so many steps"):
+            estimates(estimator, Undeclared(made("both")), data(2 * S))
+
+
+class Undeclared(nn.Module):
+    """The model without a word of its segments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        return self.model(inputs, state)
 
 
 def test_particles_side_by_side_are_refused_where_the_model_asks_about_numbers() -> None:
