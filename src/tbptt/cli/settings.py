@@ -12,8 +12,8 @@ from typing import Any, NoReturn, cast
 
 from pydantic import BaseModel, ValidationError
 
-from tbptt.cli.config import Config, Guards, Optimizer, arguments_model, estimator_classes
-from tbptt.cli.presets import TASKS, Kind, Tables, defaults_for, kind_of
+from tbptt.cli.config import CORE_KEYS, Config, Guards, Model, Optimizer, arguments_model, estimator_classes
+from tbptt.cli.presets import TASKS, Kind, Tables, core_defaults, defaults_for, kind_of
 from tbptt.errors import ConfigError
 
 __all__ = ["Given", "did_you_mean", "dotted", "read_toml", "resolve", "validate"]
@@ -163,6 +163,7 @@ def validate(tables: Mapping[str, Any], origins: Mapping[str, str], defaults: Ta
     if config.data.task is not None and config.data.source in TASKS:
         model = arguments_model(TASKS[config.data.source], _TASK_SET_ELSEWHERE)
         _validated(model, config.data.task, "data.task", origins, examples)
+    _check_core(config.model, origins)
     _check_optimizer(config.optimizer)
     if config.run.updates is None and config.run.passes is None:
         raise ConfigError("[run] was expected to say when to stop, but does not", fix="run.updates = 10000")
@@ -231,6 +232,18 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             )
 
 
+def _check_core(model: Model, origins: Mapping[str, str]) -> None:
+    """Refuse what was set of a core that has no such thing; its default may be written down."""
+    has = CORE_KEYS[model.core]
+    for key in sorted({key for keys in CORE_KEYS.values() for key in keys} - {*has}):
+        if getattr(model, key) != Model.model_fields[key].default:
+            others = " or ".join(core for core, keys in CORE_KEYS.items() if key in keys)
+            raise ConfigError(
+                f"{_place(f'model.{key}', origins)} is not for core {model.core}, which has {', '.join(has)}",
+                fix=f"leave it out, or choose --core {others}",
+            )
+
+
 def _refuse_unfitting(config: Config, given: Given) -> None:
     """Refuse what was said of data that have no such thing, where saying nothing would hide a mistake."""
     kind = kind_of(config.data.source)
@@ -255,7 +268,12 @@ def _refuse_unfitting(config: Config, given: Given) -> None:
 
 
 def _fitting(defaults: Tables, given: Given) -> Tables:
-    """Leave out the defaults that what was given replaces in other words."""
+    """Put the defaults of the core over those of the data, and leave out what was given in other words."""
+    core: object = given.get("model", "core")
+    if isinstance(core, str):
+        defaults = _merged(defaults, core_defaults(core))
+    if given.get("model", "memory_tokens"):  # one of the two memories; both for those who ask for both
+        defaults["model"].pop("memory", None)
     if any(given.get("run", key) is not None for key in ("updates", "passes")):
         defaults["run"] = {k: v for k, v in defaults["run"].items() if k not in ("updates", "passes")}
     name: object = given.get("estimator", "name")
