@@ -154,7 +154,7 @@ def _core(core: str, inputs: int, hidden: int, layers: int, dropout: float, memo
         return _attentive(core, inputs, hidden, layers, memories)
     if memories:
         raise ConfigError(
-            f"a core with a memory was expected, as {', '.join(memories)} came, but core={core!r} has none: what was set "
+            f"a core with a memory was expected, as {', '.join(memories)} came, but core={core!r} has none: they "
             "would have no effect",
             fix='core="attentive_lstm", or leave it out',
         )
