@@ -64,7 +64,7 @@ def attentive_defaults() -> Tables:
 
 def transformer_defaults() -> Tables:
     """Two layers over a sliding memory, which takes windows of any length, and a lane that starts anew anywhere."""
-    return {"model": {"layers": 2, "heads": 4, "memory": 64}, "optimizer": {"lr": 1e-3}}
+    return {"model": {"layers": 2, "heads": 4, "memory": 64}}
 
 
 def ecg_defaults() -> Tables:
