@@ -100,7 +100,8 @@ def build_model(config: Config, facts: Facts) -> nn.Module:
         model = _transformer(settings, facts) if settings.core == "transformer" else _recurrent(settings, facts)
     except ConfigError as error:
         raise ConfigError(f"in [model], {_in_toml(error.message)}", fix=_in_toml(error.fix)) from error
-    example = torch.zeros(1, 1, dtype=torch.int64) if facts.symbols else torch.zeros(1, 1, facts.inputs)
+    size = (settings.segment or 1, 1)  # a whole segment: nothing could go on from one step of it
+    example = torch.zeros(size, dtype=torch.int64) if facts.symbols else torch.zeros(*size, facts.inputs)
     config.build_estimator().prepare(model, example)
     return model
 
