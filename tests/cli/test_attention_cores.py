@@ -93,6 +93,8 @@ def test_nothing_but_the_core_need_be_said(core: str, source: str) -> None:
     assert set(CORE_KEYS[core]) >= set(config.model.own()) >= {"memory"}  # a run says what its model is
     assert Config.model_validate(config.to_tables()) == config
     if core == "transformer":
+        assert config.optimizer.lr == 0.002
+        assert configured("model.core=transformer", "optimizer.lr=0.1", source=source).optimizer.lr == 0.1
         assert isinstance(parts.model, SegmentTransformer)
         assert (parts.model.segment, parts.model.memory, len(parts.model.blocks)) == (None, 64, 2)
     else:

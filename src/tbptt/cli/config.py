@@ -110,7 +110,7 @@ class Data(_Section):
 class Model(_Section):
     """A `tbptt.SequenceModel`, or with core = "transformer" a `tbptt.models.SegmentTransformer`; see there.
 
-    An embedding is for symbols only. Which core has which of the keys from `layers` on: `CORE_KEYS`.
+    An embedding is for symbols only. Not every core has all of the keys; `CORE_KEYS` says which.
 
     Args:
         hidden: the units of each recurrent layer, or the width of a transformer.
@@ -119,9 +119,9 @@ class Model(_Section):
 
     core: Literal["lstm", "gru", "rnn", "elstm", "lru", "attentive_lstm", "attentive_gru", "transformer"] = "lstm"
     hidden: Whole
+    layers: Whole = 1
     embedding: Whole | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    layers: Whole = 1
     tie_weights: bool = False
     k_att: Whole | None = None
     k_top: Whole | None = None

@@ -64,7 +64,7 @@ def train(
     """Train a model, and say where the run is.
 
     Without arguments: the embedded ECG, in seconds. Options win over --config, and that over the defaults, which
-    depend on the data. The run's directory goes to stdout, everything else to stderr.
+    depend on the data and on the core. The run's directory goes to stdout, everything else to stderr.
     """
     options = {
         "--k1": ("estimator.k1", k1),
