@@ -40,7 +40,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
 
 
 def test_a_core_that_is_none_is_refused(train: Program) -> None:
-    ended = train("--core", "transformer")
+    ended = train("--core", "mamba")
     assert ended.code == 2
     assert "--core" in ended.err
-    assert "'elstm' or 'lru'" in ended.err
+    assert "'transformer'" in ended.err

@@ -18,8 +18,13 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("core", ["lstm", "gru", "rnn", "elstm", "lru"])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    ("core", "layers"),
+    [
+        *((core, layers) for core in ("lstm", "gru", "rnn", "elstm", "lru") for layers in (1, 2)),
+        *(("attentive_lstm", 1), ("attentive_gru", 1)),
+    ],
+)
 @pytest.mark.parametrize("symbols", [False, True])
 def test_chunks_with_the_carried_state_equal_one_pass(core: Any, layers: int, symbols: bool) -> None:
     embedding = 4 if symbols else None
@@ -109,7 +114,7 @@ def test_inputs_of_another_kind_are_refused() -> None:
         ({"outputs": True}, "outputs was expected"),
         ({"layers": 0}, "layers was expected"),
         ({"embedding": 0}, "embedding was expected"),
-        ({"core": "transformer"}, "'lstm', 'gru', 'rnn', 'elstm' or 'lru'"),
+        ({"core": "transformer"}, "'lru', 'attentive_lstm' or 'attentive_gru'"),
         ({"dropout": 1.0}, "dropout from 0 to below 1"),
         ({"dropout": -0.1}, "dropout from 0 to below 1"),
         ({"tie_weights": True}, "tied weights need"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from tbptt.cli.config import Config, Schedule
+from tbptt.cli.config import Config, Model, Schedule
 from tbptt.cli.data import Opened, open_source
 from tbptt.cli.rundir import Facts, Record
 from tbptt.errors import ConfigError
@@ -20,7 +20,7 @@ from tbptt.estimators import Estimator, SyntheticGradients
 from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Length
 from tbptt.metrics import Metric, metric
-from tbptt.models import SequenceModel
+from tbptt.models import SegmentTransformer, SequenceModel
 from tbptt.randomness import seed_everything
 
 __all__ = [
@@ -44,7 +44,7 @@ class Parts:
         schedule_updates: how long its learning-rate schedule is.
     """
 
-    model: SequenceModel
+    model: nn.Module
     loss: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR | None
@@ -89,22 +89,53 @@ def build(config: Config, record: Record | None = None) -> Parts:
     )
 
 
-def build_model(config: Config, facts: Facts) -> SequenceModel:
-    """Return the model of a run, its weights fresh, with what its estimator needs in it."""
+def build_model(config: Config, facts: Facts) -> nn.Module:
+    """Return the model of a run, its weights fresh, with what its estimator needs in it.
+
+    Raises:
+        ConfigError: settings of [model] that cannot be meant together.
+    """
     settings = config.model
-    model = SequenceModel(
+    try:
+        model = _transformer(settings, facts) if settings.core == "transformer" else _recurrent(settings, facts)
+    except ConfigError as error:
+        raise ConfigError(f"in [model], {_in_toml(error.message)}", fix=_in_toml(error.fix)) from error
+    size = (settings.segment or 1, 1)  # a whole segment: nothing could go on from one step of it
+    example = torch.zeros(size, dtype=torch.int64) if facts.symbols else torch.zeros(*size, facts.inputs)
+    config.build_estimator().prepare(model, example)
+    return model
+
+
+def _recurrent(settings: Model, facts: Facts) -> SequenceModel:
+    assert settings.core != "transformer"
+    return SequenceModel(
         facts.inputs,
         facts.outputs,
         hidden=settings.hidden,
-        embedding=(settings.embedding or settings.hidden) if facts.symbols else None,
+        embedding=_embedding(settings, facts),
         core=settings.core,
-        layers=settings.layers,
         dropout=settings.dropout,
-        tie_weights=settings.tie_weights,
+        **settings.own(),
     )
-    example = torch.zeros(1, 1, dtype=torch.int64) if facts.symbols else torch.zeros(1, 1, facts.inputs)
-    config.build_estimator().prepare(model, example)
-    return model
+
+
+def _transformer(settings: Model, facts: Facts) -> SegmentTransformer:
+    return SegmentTransformer(
+        facts.inputs,
+        facts.outputs,
+        settings.hidden,
+        embedding=_embedding(settings, facts),
+        dropout=settings.dropout,
+        **settings.own(),
+    )
+
+
+def _embedding(settings: Model, facts: Facts) -> int | None:
+    return (settings.embedding or settings.hidden) if facts.symbols else None
+
+
+def _in_toml(text: str) -> str:
+    return text.replace("width=", "hidden=")  # its name in the section, where all cores have one
 
 
 def build_loss(facts: Facts) -> nn.Module:

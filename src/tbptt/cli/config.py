@@ -19,7 +19,18 @@ from tbptt.estimators import ClipBoundary, Estimator
 from tbptt.estimators.boundary import parse_boundary
 from tbptt.length import Length, parse_length
 
-__all__ = ["Config", "Data", "Guards", "Model", "Optimizer", "Run", "Schedule", "arguments_model", "estimator_classes"]
+__all__ = [
+    "CORE_KEYS",
+    "Config",
+    "Data",
+    "Guards",
+    "Model",
+    "Optimizer",
+    "Run",
+    "Schedule",
+    "arguments_model",
+    "estimator_classes",
+]
 
 Whole: TypeAlias = Annotated[int, Field(ge=1)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -97,14 +108,40 @@ class Data(_Section):
 
 
 class Model(_Section):
-    """A `tbptt.SequenceModel`; see there. An embedding is for symbols only."""
+    """A `tbptt.SequenceModel`, or with core = "transformer" a `tbptt.models.SegmentTransformer`; see there.
 
-    core: Literal["lstm", "gru", "rnn", "elstm", "lru"] = "lstm"
+    An embedding is for symbols only. Not every core has all of the keys; `CORE_KEYS` says which.
+
+    Args:
+        hidden: the units of each recurrent layer, or the width of a transformer.
+        memory: of an attentive core the slots; of a transformer the remembered steps of each layer, 0 for none.
+    """
+
+    core: Literal["lstm", "gru", "rnn", "elstm", "lru", "attentive_lstm", "attentive_gru", "transformer"] = "lstm"
     hidden: Whole
     layers: Whole = 1
     embedding: Whole | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tie_weights: bool = False
+    k_att: Whole | None = None
+    k_top: Whole | None = None
+    memory: Annotated[int, Field(ge=0)] | None = None
+    heads: Whole | None = None
+    memory_tokens: Annotated[int, Field(ge=0)] | None = None
+    memory_gradient: bool | None = None
+    segment: Whole | None = None
+
+    def own(self) -> dict[str, Any]:
+        """Return what was set of the keys that not every core has."""
+        return {key: getattr(self, key) for key in CORE_KEYS[self.core] if getattr(self, key) is not None}
+
+
+CORE_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("lstm", "gru", "rnn", "elstm", "lru"), ("layers", "tie_weights")),
+    **dict.fromkeys(("attentive_lstm", "attentive_gru"), ("tie_weights", "k_att", "k_top", "memory")),
+    "transformer": ("layers", "heads", "memory", "memory_tokens", "memory_gradient", "segment"),
+}
+"""The keys of [model] that each core has, besides core, hidden, embedding and dropout, which all have."""
 
 
 class Optimizer(_Section):

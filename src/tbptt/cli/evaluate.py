@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from tbptt.checkpoint import Checkpoints, Loaded
 from tbptt.cli.build import build_loss, build_metrics, build_model, use_threads
@@ -17,7 +18,6 @@ from tbptt.cli.launch import tell
 from tbptt.cli.rundir import Facts, RunDirectory
 from tbptt.errors import CheckpointError, ConfigError
 from tbptt.evaluate import evaluate as measure
-from tbptt.models import SequenceModel
 from tbptt.streams import Stream
 
 __all__ = ["evaluate", "load_model"]
@@ -55,7 +55,7 @@ def evaluate(
         print(f"{name} {value:.0f}" if name == "targets" else f"{name} {value:.6g}")
 
 
-def load_model(run: RunDirectory, config: Config, facts: Facts) -> tuple[SequenceModel, Loaded]:
+def load_model(run: RunDirectory, config: Config, facts: Facts) -> tuple[nn.Module, Loaded]:
     """Return the model of the newest sound checkpoint, in eval mode.
 
     Raises:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt.cli.build import use_threads
 from tbptt.cli.data import vocabulary_of
@@ -17,7 +17,6 @@ from tbptt.cli.evaluate import load_model
 from tbptt.cli.presets import kind_of
 from tbptt.cli.rundir import RunDirectory
 from tbptt.errors import ConfigError, StreamError
-from tbptt.models import SequenceModel
 from tbptt.streams import Vocabulary
 
 __all__ = ["sample"]
@@ -46,9 +45,9 @@ def sample(
     use_threads(config)
     model, _ = load_model(directory, config, record.facts)
     vocabulary = vocabulary_of(record.facts)
-    start = _encoded(prompt, vocabulary)
+    start, generator = _encoded(prompt, vocabulary), torch.Generator().manual_seed(seed)
     typer.echo(prompt, nl=False)
-    for symbol in _symbols(model, start, temperature, torch.Generator().manual_seed(seed), length):
+    for symbol in _symbols(model, start, temperature, generator, length, config.model.segment or 1):
         typer.echo(bytes([symbol]) if vocabulary is None else vocabulary.symbols[symbol], nl=False)
     if sys.stdout.isatty():
         typer.echo()
@@ -71,14 +70,30 @@ def _encoded(prompt: str, vocabulary: Vocabulary | None) -> list[int]:
 
 @torch.no_grad()
 def _symbols(
-    model: SequenceModel, start: list[int], temperature: float, generator: torch.Generator, length: int
+    model: nn.Module, start: list[int], temperature: float, generator: torch.Generator, length: int, segment: int
 ) -> Iterator[int]:
-    outputs, state = model(torch.tensor(start)[:, None])
-    for written in range(1, length + 1):
-        symbol = _choose(outputs[-1, 0], temperature, generator)
+    """Yield what the model writes; `segment` is the steps that a state to go on from is a multiple of."""
+    begun, state = start, None
+    for _ in range(length):
+        scores, begun, state = _read(model, begun, state, segment)
+        symbol = _choose(scores, temperature, generator)
         yield symbol
-        if written < length:
-            outputs, state = model(torch.tensor([[symbol]]), state)
+        begun.append(symbol)
+
+
+def _read(model: nn.Module, symbols: list[int], state: Any, segment: int) -> tuple[Tensor, list[int], Any]:
+    """Return the scores after symbols, those of a segment that is not complete, and the state where it began.
+
+    That segment is read anew with each symbol: a model of segments gives out no state to go on from in the middle.
+    """
+    cut = len(symbols) - len(symbols) % segment
+    begun = symbols[cut:]
+    if cut:
+        outputs, state = model(torch.tensor(symbols[:cut])[:, None], state)
+        if not begun:
+            return outputs[-1, 0], begun, state
+    outputs, _ = model(torch.tensor(begun)[:, None], state)
+    return outputs[-1, 0], begun, state
 
 
 def _choose(scores: Tensor, temperature: float, generator: torch.Generator) -> int:

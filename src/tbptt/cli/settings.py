@@ -12,8 +12,8 @@ from typing import Any, NoReturn, cast
 
 from pydantic import BaseModel, ValidationError
 
-from tbptt.cli.config import Config, Guards, Optimizer, arguments_model, estimator_classes
-from tbptt.cli.presets import TASKS, Kind, Tables, defaults_for, kind_of
+from tbptt.cli.config import CORE_KEYS, Config, Guards, Model, Optimizer, arguments_model, estimator_classes
+from tbptt.cli.presets import TASKS, Kind, Tables, core_defaults, defaults_for, kind_of
 from tbptt.errors import ConfigError
 
 __all__ = ["Given", "did_you_mean", "dotted", "read_toml", "resolve", "validate"]
@@ -25,6 +25,8 @@ _ONLY_FOR: dict[str, tuple[Kind, str]] = {
 }
 _TASK_SET_ELSEWHERE = ("lanes", "seed", "dtype", "one_hot")
 _ESTIMATOR_SET_ELSEWHERE = ("keep_outputs",)
+_CUT_BY = ("k1", "k2", "k_trunc", "lookback", "short", "long", "block", "longest", "segment")
+"""The settings of estimators that say where a sequence is cut."""
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -163,6 +165,8 @@ def validate(tables: Mapping[str, Any], origins: Mapping[str, str], defaults: Ta
     if config.data.task is not None and config.data.source in TASKS:
         model = arguments_model(TASKS[config.data.source], _TASK_SET_ELSEWHERE)
         _validated(model, config.data.task, "data.task", origins, examples)
+    _check_core(config.model, origins)
+    _check_segments(config, origins)
     _check_optimizer(config.optimizer)
     if config.run.updates is None and config.run.passes is None:
         raise ConfigError("[run] was expected to say when to stop, but does not", fix="run.updates = 10000")
@@ -231,6 +235,40 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             )
 
 
+def _check_core(model: Model, origins: Mapping[str, str]) -> None:
+    """Refuse what was set of a core that has no such thing; its default may be written down."""
+    has = CORE_KEYS[model.core]
+    for key in sorted({key for keys in CORE_KEYS.values() for key in keys} - {*has}):
+        if getattr(model, key) != Model.model_fields[key].default:
+            others = " or ".join(core for core, keys in CORE_KEYS.items() if key in keys)
+            raise ConfigError(
+                f"{_place(f'model.{key}', origins)} is not for core {model.core}, which has {', '.join(has)}",
+                fix=f"leave it out, or choose --core {others}",
+            )
+
+
+def _check_segments(config: Config, origins: Mapping[str, str]) -> None:
+    """Refuse what a model of segments could not be trained with; lengths that change are the trainer's to look at."""
+    model, segment = config.model, config.model.segment or 1
+    wrong = {key: config.estimator[key] for key in _CUT_BY if isinstance(config.estimator.get(key), int)}
+    wrong = {key: steps for key, steps in wrong.items() if steps % segment}
+    if wrong:
+        came = ", ".join(f"{_place(f'estimator.{key}', origins)} = {steps}" for key, steps in wrong.items())
+        fitting = " ".join(f"--set estimator.{key}={-(-steps // segment) * segment}" for key, steps in wrong.items())
+        raise ConfigError(
+            f"multiples of model.segment = {segment} were expected, but {came}: a sequence may be cut where a segment "
+            "ends, and nowhere else",
+            fix=f"{fitting}; or leave model.segment out, with model.memory alone, which takes any length",
+        )
+    if model.memory_gradient is False and model.segment and not model.memory_tokens:
+        raise ConfigError(
+            f"memory tokens were expected together with {_place('model.memory_gradient', origins)} = false: with "
+            "remembered steps alone no gradient comes from before a segment, and the check before the training takes "
+            "such a model for one that drops it",
+            fix=f"leave it out: with k1 = k2 = {segment} no gradient goes into remembered steps either",
+        )
+
+
 def _refuse_unfitting(config: Config, given: Given) -> None:
     """Refuse what was said of data that have no such thing, where saying nothing would hide a mistake."""
     kind = kind_of(config.data.source)
@@ -255,7 +293,12 @@ def _refuse_unfitting(config: Config, given: Given) -> None:
 
 
 def _fitting(defaults: Tables, given: Given) -> Tables:
-    """Leave out the defaults that what was given replaces in other words."""
+    """Put the defaults of the core over those of the data, and leave out what was given in other words."""
+    core: object = given.get("model", "core")
+    if isinstance(core, str):
+        defaults = _merged(defaults, core_defaults(core))
+    if given.get("model", "memory_tokens"):  # one of the two memories; both for those who ask for both
+        defaults["model"].pop("memory", None)
     if any(given.get("run", key) is not None for key in ("updates", "passes")):
         defaults["run"] = {k: v for k, v in defaults["run"].items() if k not in ("updates", "passes")}
     name: object = given.get("estimator", "name")

@@ -47,9 +47,12 @@ def train(
     updates: Annotated[_Text, typer.Option(metavar="N", help="Updates to make.")] = None,
     passes: Annotated[_Text, typer.Option(metavar="N", help="Passes over the data to make.")] = None,
     lanes: Annotated[_Text, typer.Option(metavar="N", help="Pieces read side by side.")] = None,
-    core: Annotated[_Text, typer.Option(metavar="lstm|gru|rnn|elstm|lru", help="The recurrent layers' kind.")] = None,
-    hidden: Annotated[_Text, typer.Option(metavar="N", help="Units of each recurrent layer.")] = None,
-    layers: Annotated[_Text, typer.Option(metavar="N", help="Recurrent layers.")] = None,
+    core: Annotated[
+        _Text,
+        typer.Option(metavar="NAME", help="lstm, gru, rnn, elstm, lru, attentive_lstm, attentive_gru, or transformer."),
+    ] = None,
+    hidden: Annotated[_Text, typer.Option(metavar="N", help="Units, or width, of each layer.")] = None,
+    layers: Annotated[_Text, typer.Option(metavar="N", help="Layers.")] = None,
     lr: Annotated[_Text, typer.Option(metavar="X", help="Learning rate.")] = None,
     seed: Annotated[_Text, typer.Option(metavar="N", help="Of all random numbers.")] = None,
     threads: Annotated[_Text, typer.Option(metavar="N", help="Threads of torch.")] = None,
@@ -61,7 +64,7 @@ def train(
     """Train a model, and say where the run is.
 
     Without arguments: the embedded ECG, in seconds. Options win over --config, and that over the defaults, which
-    depend on the data. The run's directory goes to stdout, everything else to stderr.
+    depend on the data and on the core. The run's directory goes to stdout, everything else to stderr.
     """
     options = {
         "--k1": ("estimator.k1", k1),

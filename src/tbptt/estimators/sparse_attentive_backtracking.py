@@ -28,7 +28,8 @@ __all__ = ["SparseAttentiveBacktracking"]
 
 _EXAMPLE = "SparseAttentiveBacktracking(k1=100, k_trunc=5)"
 _WRAPPED = (
-    "tbptt.models.Attentive(nn.LSTM(inputs, hidden)); in a model of your own, def memories(self): return (place,)"
+    "tbptt.models.Attentive(nn.LSTM(inputs, hidden)), or SequenceModel(core='attentive_lstm'); in a model of your own, "
+    "def memories(self): return (place,)"
 )
 
 

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from tbptt.errors import ConfigError
 from tbptt.models.arguments import check_dropout, check_numbers, check_sizes, embedded
+from tbptt.models.attentive import Attentive
 from tbptt.models.elstm import ELSTM
 from tbptt.models.lru import LRU
 from tbptt.recurrence import Recurrence
 
 __all__ = ["SequenceModel"]
 
-Core: TypeAlias = Literal["lstm", "gru", "rnn", "elstm", "lru"]
+Core: TypeAlias = Literal["lstm", "gru", "rnn", "elstm", "lru", "attentive_lstm", "attentive_gru"]
 
 _CORES: dict[str, type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
     "rnn": nn.RNN,
 }
-_AnyCore: TypeAlias = nn.LSTM | nn.GRU | nn.RNN | ELSTM | LRU
+_ATTENTIVE: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"attentive_lstm": nn.LSTM, "attentive_gru": nn.GRU}
+_AnyCore: TypeAlias = nn.LSTM | nn.GRU | nn.RNN | ELSTM | LRU | Attentive
 
 
 @final
@@ -32,8 +34,9 @@ class SequenceModel(nn.Module):
     """Put a linear read-out behind recurrent layers, torch's or ours, and an embedding before them for symbols.
 
     The usual model to start from, stateful as torch's own layers are: state None at the start, and the
-    layers' own state afterwards: (L, B, H) tensors of torch's, a tuple of L tensors (B, H) of `ELSTM` and `LRU`.
-    Dropout acts on what enters the recurrent layers, between them and on what leaves them, never on the state.
+    layers' own state afterwards: (L, B, H) tensors of torch's, a tuple of L tensors (B, H) of `ELSTM` and `LRU`, with
+    its memory that of `Attentive`. Dropout acts on what enters the recurrent layers, between them and on what leaves
+    them, never on the state.
 
     Args:
         inputs: the numbers at each step, D; with `embedding` the number of symbols.
@@ -43,11 +46,15 @@ class SequenceModel(nn.Module):
         embedding: None feeds numbers (T, B, D) to the recurrent layer as they are; a size E takes ids
             (T, B) and looks up E numbers for each.
         core: "lstm", "gru" or "rnn" (tanh); "elstm" or "lru" (with `glu=True`), whose recurrence is element-wise,
-            for learning online.
-        layers: the recurrent layers, one above the other, L.
+            for learning online; "attentive_lstm" or "attentive_gru", an `Attentive` layer, which looks up states of its
+            past, for `SparseAttentiveBacktracking`. The read-out then reads 2 H numbers: the state, and what was found.
+        layers: the recurrent layers, one above the other, L; an attentive core has one.
         dropout: the probability that a number is dropped in training; from 0 to below 1.
         tie_weights: use the embedding as the weights of the read-out; for symbols in and their scores
-            out, with embedding == hidden.
+            out, with embedding == hidden (2 hidden with an attentive core).
+        k_att: of an attentive core alone: steps from one stored state to the next; None: as `Attentive` has it.
+        k_top: likewise: the memories looked up at a step.
+        memory: likewise: the slots.
 
     Raises:
         ConfigError: settings that cannot be meant, alone or together.
@@ -74,26 +81,32 @@ class SequenceModel(nn.Module):
         layers: int = 1,
         dropout: float = 0.0,
         tie_weights: bool = False,
+        k_att: int | None = None,
+        k_top: int | None = None,
+        memory: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"inputs": inputs, "outputs": outputs, "hidden": hidden, "layers": layers}
         check_sizes(**(sizes if embedding is None else sizes | {"embedding": embedding}))
         check_dropout(dropout)
-        if tie_weights and (embedding != hidden or inputs != outputs):
+        asked = {"k_att": k_att, "k_top": k_top, "memory": memory}
+        memories = {name: value for name, value in asked.items() if value is not None}
+        read = 2 * hidden if core in _ATTENTIVE else hidden
+        if tie_weights and (embedding != read or inputs != outputs):
             raise ConfigError(
-                f"tied weights need embedding == hidden and inputs == outputs, but {embedding=}, {hidden=}, "
-                f"{inputs=} and {outputs=} came: one matrix cannot be both",
-                fix=f"outputs={inputs}, embedding={hidden}, or tie_weights=False",
+                f"tied weights need embedding == {'hidden' if read == hidden else '2 hidden'} and inputs == outputs, "
+                f"but {embedding=}, {hidden=}, {inputs=} and {outputs=} came: one matrix cannot be both",
+                fix=f"outputs={inputs}, embedding={read}, or tie_weights=False",
             )
         self.inputs = inputs
         self.outputs = outputs
         self.embedding = None if embedding is None else nn.Embedding(inputs, embedding)
-        self.core = _core(core, embedding or inputs, hidden, layers, dropout)
+        self.core = _core(core, embedding or inputs, hidden, layers, dropout, memories)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(hidden, outputs)
+        self.head = nn.Linear(read, outputs)
         if tie_weights and self.embedding is not None:
             # the read-out's scale: torch's embeddings, of variance 1, would make scores of size sqrt(H)
-            nn.init.uniform_(self.embedding.weight, -(hidden**-0.5), hidden**-0.5)
+            nn.init.uniform_(self.embedding.weight, -(read**-0.5), read**-0.5)
             self.head.weight = self.embedding.weight
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -127,15 +140,36 @@ class SequenceModel(nn.Module):
             Recurrence(each.leaf, tuple(f"core.{name}" for name in each.parameters)) for each in self.core.recurrences()
         )
 
+    def memories(self) -> tuple[int, ...]:
+        """Return the place of an attentive core's memory in the state; none of the others."""
+        return self.core.memories() if isinstance(self.core, Attentive) else ()
 
-def _core(core: str, inputs: int, hidden: int, layers: int, dropout: float) -> _AnyCore:
+
+def _core(core: str, inputs: int, hidden: int, layers: int, dropout: float, memories: dict[str, int]) -> _AnyCore:
+    if core not in get_args(Core):
+        *most, last = get_args(Core)
+        names = ", ".join(map(repr, most)) + f" or {last!r}"
+        raise ConfigError(f"core {names} was expected, but {core!r} came", fix='core="lstm"')
+    if core in _ATTENTIVE:
+        return _attentive(core, inputs, hidden, layers, memories)
+    if memories:
+        raise ConfigError(
+            f"a core with a memory was expected, as {', '.join(memories)} came, but core={core!r} has none: they "
+            "would have no effect",
+            fix='core="attentive_lstm", or leave it out',
+        )
     between = dropout if layers > 1 else 0.0  # all of them refuse dropout between layers where there is only one
     if core == "elstm":
         return ELSTM(inputs, hidden, layers, dropout=between)
     if core == "lru":  # the read-out is linear, and a bare layer would be, too
         return LRU(inputs, hidden, hidden, layers=layers, glu=True, dropout=between)
-    if core not in _CORES:
-        *most, last = get_args(Core)
-        names = ", ".join(map(repr, most)) + f" or {last!r}"
-        raise ConfigError(f"core {names} was expected, but {core!r} came", fix='core="lstm"')
     return _CORES[core](inputs, hidden, layers, dropout=between)
+
+
+def _attentive(core: str, inputs: int, hidden: int, layers: int, memories: dict[str, int]) -> Attentive:
+    if layers > 1:
+        raise ConfigError(
+            f"one layer was expected with core={core!r}, but {layers=} came: a layer looks up its own past alone",
+            fix='layers=1, or core="lstm"',
+        )
+    return Attentive(_ATTENTIVE[core](inputs, hidden), **memories)
