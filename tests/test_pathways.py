@@ -174,3 +174,20 @@ def test_a_memory_that_lets_no_gradient_through_reaches_its_own_segment_only() -
     model = segments(segment=8, memory_tokens=0, memory_gradient=False).double()
     found = measure_reach(model, torch.randn(24, 1, INPUTS).double(), tbptt.TBPTT(8, 24), [7])
     assert (found[0].asked, found[0].model, found[0].measured) == (24, 8, 8)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10, 64])
+def test_a_held_out_stream_is_read_in_whole_segments(steps: int) -> None:
+    model, segment = segments(), 4
+    inputs, targets = (
+        torch.randn(2 * 19, INPUTS),
+        torch.randn(2 * 19, 2),
+    )  # passes of 19 steps: the last segment is short
+    found = tbptt.evaluate(model, nn.MSELoss(), tbptt.ArrayStream(inputs, targets, lanes=2), steps=steps)
+    state, total = None, 0.0
+    for begin in range(0, 19, segment):
+        part = slice(begin, min(begin + segment, 19))
+        with torch.no_grad():
+            outputs, state = model(inputs.view(2, 19, INPUTS).transpose(0, 1)[part], state)
+        total += float((outputs - targets.view(2, 19, 2).transpose(0, 1)[part]).square().mean(-1).sum())
+    assert found["loss"] == pytest.approx(total / 38, rel=1e-6)

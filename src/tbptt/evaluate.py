@@ -11,6 +11,7 @@ from tbptt.errors import ConfigError
 from tbptt.loss import Loss, StepLoss
 from tbptt.metrics import Metric
 from tbptt.model import find_lane_dims, fork_random
+from tbptt.pathways import segment_steps
 from tbptt.streams.base import Stream
 from tbptt.unroll import unroll
 
@@ -31,7 +32,8 @@ def evaluate(
         loss: as for training.
         stream: the held-out stream.
         metrics: further numbers, by name.
-        steps: how many steps at a time; the result does not depend on it.
+        steps: how many steps at a time; the result does not depend on it. In whole segments of the model, of as many
+            steps or fewer, but one segment at least.
 
     Returns:
         "loss", sum / count over all valid targets; "targets", their number; and the metrics.
@@ -46,6 +48,8 @@ def evaluate(
     state, dims, looked, total, count = None, None, False, 0.0, 0
     for each in metrics.values():
         each.start()
+    segment = segment_steps(model)
+    steps = max(segment, steps // segment * segment)
     training = model.training
     model.eval()
     stream.rewind()

@@ -245,3 +245,35 @@ def test_the_cosine_of_a_gradient_that_is_lost_in_the_noise_is_not_a_number() ->
     cosine = tbptt.horizon.statistics.GradientStatistics(both).cosine((1, 2)).mean
     assert math.isnan(cosine[0])
     assert cosine[1] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("steps", [10, 12])
+def test_what_past_steps_did_to_a_prediction_is_shown_over_whole_segments(steps: int) -> None:
+    """Targets come at every seventh step only, so that most losses are not at the end of their segment."""
+    model, data = segments(), stream()
+    window = data.read(500)
+    mask = torch.zeros(500, LANES, dtype=torch.bool)
+    mask[::7] = True
+    given = tbptt.ArrayStream(
+        window.inputs.transpose(0, 1).reshape(-1, INPUTS),  # type: ignore[union-attr]
+        window.targets.transpose(0, 1).reshape(-1, OUTPUTS),  # type: ignore[union-attr]
+        lanes=LANES,
+        mask=mask.T.reshape(-1),
+    )
+    found = tbptt.horizon.influences(model, squares, given, steps=steps, count=3)
+    lengths = set()
+    for each in found:
+        assert each.target is not None
+        at = int((given.read(500).targets == each.target).all(-1).any(1).nonzero()[0])  # type: ignore[union-attr]
+        given.rewind()
+        lane = int((window.targets[at] == each.target).all(-1).nonzero()[0])  # type: ignore[index]
+        end = -(-(at + 1) // SEGMENT) * SEGMENT
+        inputs = window.inputs[:end].detach().requires_grad_()  # type: ignore[index]
+        loss = squares(model(inputs)[0], window.targets[:end])[at, lane]  # type: ignore[index]
+        (gradient,) = torch.autograd.grad(loss, inputs)
+        assert each.loss == pytest.approx(float(loss.detach()), rel=1e-10)
+        wanted = gradient[at + 1 - len(each.norms) : at + 1, lane].norm(dim=1)
+        assert each.norms.tolist() == pytest.approx(wanted.tolist(), rel=1e-9)
+        assert len(each.inputs) == len(each.norms) <= steps
+        lengths.add(len(each.norms))
+    assert max(lengths) >= steps - SEGMENT

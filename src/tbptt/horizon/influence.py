@@ -18,6 +18,7 @@ from tbptt.horizon.samples import places
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, fork_random, left_as_it_was
+from tbptt.pathways import segment_steps
 from tbptt.streams.base import Stream
 from tbptt.tree import tensors
 from tbptt.unroll import unroll
@@ -62,7 +63,8 @@ def influences(
         model: as for training.
         loss: as for training.
         stream: data with at least one tensor of inputs.
-        steps: how far back, L, at least 2.
+        steps: how far back, L, at least 2. With a model of segments fewer may be shown: those of whole segments, as far
+            as the loss.
         count: how many predictions.
         lanes: whose; left out: one after the other.
         seed: of the places.
@@ -85,12 +87,16 @@ def influences(
         with fork_random(next(model.parameters()).device), left_as_it_was(model):
             found: list[Influence] = []
             draws = np.random.default_rng(seed)
-            for number, place in enumerate(places(model, step_loss, stream, steps, count, steps, draws)):
+            segment = segment_steps(model)
+            run = -(-steps // segment) * segment  # in whole segments; what is too much, or after the loss, is left out
+            for number, place in enumerate(places(model, step_loss, stream, run, count, run, draws, segment)):
                 tap = InputTap(model)
                 with tap.enter(place.window) as window:
                     outputs, _ = unroll(model, window, place.state, place.dims)
                 losses, valid = step_loss.by_step(outputs, window)
-                choices = valid[-1].nonzero().flatten().tolist() if lanes is None else list(lanes)
+                at = run - 1 - place.early
+                seen = slice(max(0, at + 1 - steps), at + 1)
+                choices = valid[at].nonzero().flatten().tolist() if lanes is None else list(lanes)
                 lane = choices[number % len(choices)]
                 if not tap.tapped[0]:
                     raise CapabilityError(
@@ -98,14 +104,14 @@ def influences(
                         "nothing that a gradient could be taken of",
                         fix="feed one-hot numbers instead of ids",
                     )
-                gradients = torch.autograd.grad(losses[-1, lane], tap.tapped[0], allow_unused=True)
+                gradients = torch.autograd.grad(losses[at, lane], tap.tapped[0], allow_unused=True)
                 targets = tensors(window.targets)
                 found.append(
                     Influence(
-                        inputs=tensors(window.inputs)[0][:, lane].detach(),
-                        target=targets[0][-1, lane] if len(targets) == 1 else None,
-                        loss=float(losses[-1, lane].detach()),
-                        norms=tap.norms(0, list(gradients), steps)[:, lane].cpu(),
+                        inputs=tensors(window.inputs)[0][seen, lane].detach(),
+                        target=targets[0][at, lane] if len(targets) == 1 else None,
+                        loss=float(losses[at, lane].detach()),
+                        norms=tap.norms(0, list(gradients), run)[seen, lane].cpu(),
                     )
                 )
             return found

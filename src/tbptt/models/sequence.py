@@ -15,6 +15,7 @@ from tbptt.models.attentive import Attentive
 from tbptt.models.elstm import ELSTM
 from tbptt.models.lru import LRU
 from tbptt.recurrence import Recurrence
+from tbptt.tree import Tree
 
 __all__ = ["SequenceModel"]
 
@@ -143,6 +144,10 @@ class SequenceModel(nn.Module):
     def memories(self) -> tuple[int, ...]:
         """Return the place of an attentive core's memory in the state; none of the others."""
         return self.core.memories() if isinstance(self.core, Attentive) else ()
+
+    def pathways(self, state: Any) -> dict[str, Tree]:
+        """Return by which ways the past comes to an attentive core; nothing of the others, which have one."""
+        return self.core.pathways(state) if isinstance(self.core, Attentive) else {}
 
 
 def _core(core: str, inputs: int, hidden: int, layers: int, dropout: float, memories: dict[str, int]) -> _AnyCore:
