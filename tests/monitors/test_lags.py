@@ -99,6 +99,28 @@ def test_they_are_those_of_autograd_over_the_whole_sequence(tmp_path: Path) -> N
     assert line["norms"] == pytest.approx(expected.tolist(), rel=1e-9)
 
 
+def test_of_a_model_of_segments_all_lags_are_whole_segments(tmp_path: Path) -> None:
+    """Remembered steps alone, as many as a segment has: two layers see back two segments, exactly."""
+    torch.manual_seed(0)
+    segment = 8
+    model = tbptt.models.SegmentTransformer(1, 2, 8, heads=2, layers=2, memory=segment, segment=segment).double()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum(-1)
+
+    monitor = tbptt.LagCurves(model, loss, numbers(300), tmp_path / "l.jsonl", every=1, max_lag=40)
+    assert monitor.steps == 2 * 40 + 16
+    monitor.begin(Plan(0, None, 3))
+    monitor.update(update(1))
+    monitor.end()
+    (line,) = lines_of(monitor.path)
+    assert line["lags"] == [8, 16, 24, 32, 40]
+    assert [norm > 0 for norm in line["norms"]] == [True, True, False, False, False]
+    with pytest.raises(ConfigError, match="multiples of the model's segments of 8 steps") as refused:
+        tbptt.LagCurves(model, loss, numbers(300), tmp_path / "l.jsonl", max_lag=20)
+    assert refused.value.fix == "max_lag=24"
+
+
 def test_the_needed_lookback_is_told_or_left_open(tmp_path: Path) -> None:
     def needed(factor: float, max_lag: int) -> int | None:
         return curve(tmp_path, Leaky(factor), max_lag)["needed_lookback"]

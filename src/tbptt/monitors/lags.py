@@ -16,12 +16,13 @@ from torch import nn
 
 from tbptt.curve import dense, lag_grid, needed_lookback
 from tbptt.errors import ConfigError, EndOfStream
-from tbptt.estimators.probe import SPREAD, run_chain
+from tbptt.estimators.probe import SPREAD, run_chain, spread
 from tbptt.estimators.segments import lane_norms, walk_back
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was
 from tbptt.monitors.base import Monitor, Plan, Update
 from tbptt.monitors.lines import Lines, check_every, json_number
+from tbptt.pathways import segment_steps
 from tbptt.streams.base import Stream
 from tbptt.window import Window
 
@@ -55,7 +56,8 @@ class LagCurves(Monitor):
         path: the file. A run that starts at update 0 empties it; one that resumes cuts it back to where its
             checkpoint was taken.
         every: updates to a line, 1 or more: there is one at each update whose number is a multiple.
-        max_lag: the longest lag, steps; a pass of the stream must have 2 max_lag + 16.
+        max_lag: the longest lag, steps; a pass of the stream must have 2 max_lag + 16. With a model of segments it is a
+            multiple of them, and so are all lags, counted from the end of the loss's segment.
 
     Raises:
         ConfigError: `every` or `max_lag` cannot be meant.
@@ -81,6 +83,13 @@ class LagCurves(Monitor):
                 "no lag to measure at",
                 fix="LagCurves(..., max_lag=128)",
             )
+        self._unit = segment_steps(model)
+        if longest % self._unit:
+            raise ConfigError(
+                f"a max_lag in multiples of the model's segments of {self._unit} steps was expected, but {longest} "
+                "came: it can be cut at their ends only",
+                fix=f"max_lag={-(-longest // self._unit) * self._unit}",
+            )
         self.path = Path(path)
         self.every = check_every(every, "LagCurves(..., every=1000)")
         self.max_lag = longest
@@ -90,7 +99,7 @@ class LagCurves(Monitor):
     @property
     def steps(self) -> int:
         """The steps of one piece of the stream."""
-        return 2 * self.max_lag + SPREAD
+        return 2 * self.max_lag + spread(self._unit)
 
     def begin(self, plan: Plan) -> None:
         """Open the file: emptied for a new run, cut back for a resumed one.
@@ -106,7 +115,7 @@ class LagCurves(Monitor):
         """Measure, and write a line, if it is time."""
         if update.number % self.every:
             return
-        lags, needed = lag_grid(self.max_lag), None
+        lags, needed = [self._unit * lag for lag in lag_grid(self.max_lag // self._unit)], None
         norms = self._norms(self._read(), lags, np.random.default_rng(update.number))
         if norms is not None and np.isfinite(norms).all():
             needed = needed_lookback(dense(lags, norms), _TOLERANCE)
@@ -114,7 +123,7 @@ class LagCurves(Monitor):
             {
                 "kind": "lags",
                 "update": update.number,
-                "lags": list(lags),
+                "lags": lags,
                 "norms": None if norms is None else [json_number(norm) for norm in norms],
                 "needed_lookback": needed,
             }
@@ -150,7 +159,7 @@ class LagCurves(Monitor):
             self.stream.rewind()
             window = self.stream.read(self.steps)
         if window.steps < self.steps:
-            longest = (window.steps - SPREAD) // 2
+            longest = (window.steps - spread(self._unit)) // 2 // self._unit * self._unit
             raise ConfigError(
                 f"a stream of at least {self.steps} steps a pass was expected, to warm up over {self.max_lag} and go "
                 f"back over as many, but it has {window.steps}: the longest lags could not be measured",
@@ -168,7 +177,7 @@ class LagCurves(Monitor):
         dims = find_lane_dims(self.model, window.inputs)
         mask = torch.zeros_like(window.mask)
         mask[last] = valid[last]
-        piece = replace(window, mask=mask)[: last + 1]
+        piece = replace(window, mask=mask)[: -(-(last + 1) // self._unit) * self._unit]
         norms: list[float] = []
         with fork_random(mask.device), left_as_it_was(self.model), torch.enable_grad():
             cuts = [piece.steps - lag for lag in lags]
