@@ -1,17 +1,12 @@
 """Mamba2 of transformers, fine-tuned past its window on one document that is longer than memory.
 
-    python examples/mamba2_long_document.py                        a small model of its own, on Shakespeare's plays
-    python examples/mamba2_long_document.py --short                the same in seconds: too little to learn from
-    python examples/mamba2_long_document.py --reset                the control: fine-tuned without carrying the state
-    python examples/mamba2_long_document.py --model NAME_OR_PATH --document FILE --window 2048
+    python examples/mamba2_long_document.py                                    a small model, on Shakespeare's plays
+    python examples/mamba2_long_document.py --reset --directory runs/control   without carrying the state
+    python examples/mamba2_long_document.py --model NAME_OR_PATH --document FILE --window 2048 --directory runs/mine
 
-Nothing is fetched unless --model names a checkpoint of the hub. Without --model a tokenizer is trained on the text, and
-a small Mamba2 is pretrained in the usual way: short windows, each from a state of zeros. It has never seen a state that is
-older than its window. Then TBPTT reads the document from its beginning to its end, with the state carried.
-Ctrl-C stops; the same command goes on in mid-document. What is printed at the end, on stdout: the loss on held-out text by
-position, before and after, with the state carried and dropped; the memory that autograd holds; a continued text.
-
-Letters: N tokens of a text, T time, B lanes.
+Without --model nothing is fetched: a tokenizer is trained on the text, and a small Mamba2 is pretrained in the usual
+way, on short windows, each from a state of zeros, so that it has never seen a state older than its window. Then TBPTT
+reads the document in order, with the state carried. Ctrl-C stops; the same command goes on in mid-document.
 """
 
 from __future__ import annotations
@@ -19,56 +14,46 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerBase
 
 import tbptt
 from tbptt.cost import held_for_backward
 from tbptt.integrations.transformers import recurrent
 
 PIECE = 1 << 20  # characters read at a time
-TIMES = 16  # how many windows long the held-out texts are
-SHORT = {"pretraining": 20, "updates": 12, "lanes": 4, "vocabulary": 300, "window": 16}
+TIMES = 16  # how many windows long a held-out text is
 
 
 def settings(words: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint of a recurrent model with its tokenizer, instead of a small one")
-    parser.add_argument("--document", type=Path, default=Path(str(files("tbptt.data") / "shakespeare.txt")))
-    parser.add_argument("--directory", type=Path, help="where all files go; left out: runs/mamba2 or runs/mamba2-reset")
-    parser.add_argument("--window", type=int, default=32, help="tokens that the model was pretrained on at a time")
-    parser.add_argument("--k1", type=int, help="tokens between two updates; left out: the window")
-    parser.add_argument("--k2", type=int, help="tokens that a gradient is sent back; left out: two windows")
-    parser.add_argument("--lanes", type=int, default=16, help="pieces of the document that are read side by side")
-    parser.add_argument("--updates", type=int, default=1500)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at the beginning; it falls to zero")
-    parser.add_argument("--pretraining", type=int, default=800, help="updates, of as many windows as there are lanes")
-    parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument("--reset", action="store_true", help="start each window from zeros in fine-tuning, too")
-    parser.add_argument("--short", action="store_true", help=f"sizes for a trial: {SHORT}")
-    if parser.parse_args(words).short:
-        parser.set_defaults(**SHORT)
+    add = parser.add_argument
+    add("--model", help="a checkpoint of a recurrent model with its tokenizer, instead of a small one made here")
+    add("--document", type=Path, default=Path(str(files("tbptt.data") / "shakespeare.txt")), help="text in UTF-8")
+    add("--directory", type=Path, default=Path("runs/mamba2"), help="where all files go")
+    add("--window", type=int, default=32, help="tokens at a time that the model was pretrained on")
+    add("--k1", type=int, help="tokens between two updates; left out: the window")
+    add("--k2", type=int, help="tokens that a gradient is sent back; left out: two windows")
+    add("--lanes", type=int, default=16, help="pieces of the document that are read side by side")
+    add("--updates", type=int, default=1500, help="of fine-tuning")
+    add("--rate", type=float, default=1e-3, help="learning rate at the beginning; it falls to zero")
+    add("--pretraining", type=int, default=800, help="updates, each with as many windows as there are lanes")
+    add("--texts", type=int, default=128, help=f"held-out texts, of {TIMES} windows each, at the most")
+    add("--reset", action="store_true", help="the control: start each window from zeros in fine-tuning, too")
     chosen = parser.parse_args(words)
     chosen.k1, chosen.k2 = chosen.k1 or chosen.window, chosen.k2 or 2 * chosen.window
-    chosen.directory = chosen.directory or Path("runs/mamba2-reset" if chosen.reset else "runs/mamba2")
     return chosen
 
 
@@ -78,81 +63,61 @@ def check_same_run(chosen: argparse.Namespace) -> None:
     mine = {name: str(value) for name, value in vars(chosen).items() if name != "directory"}
     if path.exists() and (theirs := json.loads(path.read_text())) != mine:
         changed = ", ".join(name for name in mine if theirs.get(name) != mine[name])
-        raise SystemExit(f"{chosen.directory} holds a run with another {changed}\nhint: --directory, another one")
+        raise SystemExit(f"{chosen.directory} holds a run with another {changed}\nhint: give another --directory")
     chosen.directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=1))
 
 
-def pieces(document: Path) -> Iterator[str]:
-    """Yield the text piece by piece: it need not fit into memory."""
+def train_tokenizer(document: Path) -> PreTrainedTokenizerBase:
+    """Return 512 byte-pair codes of the first megabytes; every text can be written with them."""
+    level = tokenizers.pre_tokenizers.ByteLevel
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512, initial_alphabet=level.alphabet(), show_progress=False)
     with document.open(encoding="utf-8", newline="") as file:
-        while piece := file.read(PIECE):
-            yield piece
+        bpe.train_from_iterator([file.read(8 * PIECE)], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
-def train_tokenizer(document: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return byte-pair codes of the first megabytes; every text can be written with them, as bytes at the least."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(islice(pieces(document), 8), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe)
-
-
-def tokenized(tokenizer: PreTrainedTokenizerBase, document: Path, path: Path) -> np.memmap:
-    """Return the document's tokens, (N,), from a file that stays on disk; it is written once.
-
-    Where two pieces meet a word may be cut into other tokens than usual: once in a megabyte.
-    """
+def tokenized(tokenizer: PreTrainedTokenizerBase, chosen: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first nine tenths of the document's tokens, to learn from, and the held-out rest; on disk."""
+    path, partial = chosen.directory / "tokens.bin", chosen.directory / "tokens.partial"
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            for piece in pieces(document):
+        with chosen.document.open(encoding="utf-8", newline="") as text, partial.open("wb") as file:
+            while piece := text.read(PIECE):  # a word that two pieces share may be cut otherwise than usual
                 ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
                 file.write(np.asarray(ids, dtype=np.int32).tobytes())
         partial.rename(path)
-    return np.memmap(path, dtype=np.int32, mode="r")
+    ids = np.memmap(path, dtype=np.int32, mode="r")
+    return ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
 
 
-def small_model(tokenizer: PreTrainedTokenizerBase, window: int) -> Mamba2ForCausalLM:
-    """Return a Mamba2 of 0.1 million parameters, whose state at the start decays slower than a window is long."""
-    config = Mamba2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        state_size=64,
-        head_dim=16,
-        num_heads=8,
-        n_groups=1,
-        num_hidden_layers=2,
-        chunk_size=window,
-        initializer_range=0.02,
-        tie_word_embeddings=True,
-        time_step_min=1e-5,  # a hundredth of the usual: a state that lasts 100 to 100 000 tokens, untrained
-        time_step_max=1e-3,
-        time_step_floor=1e-6,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Mamba2ForCausalLM(config)
-
-
-def pretrain(net: Mamba2ForCausalLM, ids: np.ndarray, window: int, batch: int, updates: int) -> None:
-    """Train in the usual way: windows from anywhere in the text, each from a state of zeros."""
+def pretrain(vocabulary: int, ids: np.ndarray, chosen: argparse.Namespace) -> transformers.PreTrainedModel:
+    """Return a small Mamba2 with a state that decays slowly, trained on windows that all start from zeros."""
+    sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 64, "n_groups": 1, "num_hidden_layers": 2}
+    steps = {"time_step_min": 1e-5, "time_step_max": 1e-3, "time_step_floor": 1e-6}  # a hundredth of the usual
+    none = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # the tokenizer has no such tokens
+    more = {
+        "vocab_size": vocabulary,
+        "chunk_size": chosen.window,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(0)
+    net = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **steps, **none, **more))
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=updates, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=chosen.pretraining, pct_start=0.1)
     generator = np.random.default_rng(0)
-    for _ in range(updates):
-        begin = generator.integers(len(ids) - window, size=(batch, 1))
-        rows = torch.from_numpy(ids[begin + np.arange(window + 1)].astype(np.int64))
+    for _ in range(chosen.pretraining):
+        begin = generator.integers(len(ids) - chosen.window, size=(chosen.lanes, 1))
+        rows = torch.from_numpy(ids[begin + np.arange(chosen.window + 1)].astype(np.int64))
         loss = F.cross_entropy(net(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+    return net
 
 
 def pretrained(chosen: argparse.Namespace) -> str:
@@ -161,34 +126,24 @@ def pretrained(chosen: argparse.Namespace) -> str:
         return chosen.model
     path, partial = chosen.directory / "pretrained", chosen.directory / "pretrained.partial"
     if not path.exists():
-        tokenizer = train_tokenizer(chosen.document, chosen.vocabulary)
-        ids = tokenized(tokenizer, chosen.document, chosen.directory / "tokens.bin")
-        torch.manual_seed(0)
-        net = small_model(tokenizer, chosen.window)
-        pretrain(net, learned_and_held_out(ids)[0], chosen.window, chosen.lanes, chosen.pretraining)
+        tokenizer = train_tokenizer(chosen.document)
+        net = pretrain(len(tokenizer), tokenized(tokenizer, chosen)[0], chosen)
         net.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(path)  # an interrupted pretraining leaves nothing behind
+        partial.rename(path)  # so that an interrupted pretraining leaves nothing that looks whole
     return str(path)
 
 
-def learned_and_held_out(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first nine tenths of the document, and the last."""
-    return ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
-
-
 def document_stream(ids: np.ndarray, chosen: argparse.Namespace) -> tbptt.ArrayStream:
-    """Return the document as `lanes` pieces side by side, each read in order; token after token is the target."""
+    """Return the document as `lanes` pieces side by side, each read in order; the next token is the target."""
     resets = None
     if chosen.reset:
-        resets = np.zeros(len(ids) - 1, dtype=bool)
-        bounds = np.arange(chosen.lanes + 1) * len(resets) // chosen.lanes  # as ArrayStream cuts
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            resets[begin : end : chosen.k1] = True
+        lengths = np.diff(np.arange(chosen.lanes + 1) * (len(ids) - 1) // chosen.lanes)  # as ArrayStream cuts
+        resets = np.concatenate([np.arange(length) % chosen.k1 == 0 for length in lengths])
     return tbptt.ArrayStream(ids[:-1], ids[1:], lanes=chosen.lanes, reset=resets)
 
 
-def fine_tune(model: nn.Module, ids: np.ndarray, chosen: argparse.Namespace) -> tbptt.Summary:
+def fine_tune(model: nn.Module, stream: tbptt.Stream, chosen: argparse.Namespace) -> tbptt.Summary:
     """Train on the document in order, the state carried from update to update."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate)
     trainer = tbptt.Trainer(
@@ -196,80 +151,73 @@ def fine_tune(model: nn.Module, ids: np.ndarray, chosen: argparse.Namespace) -> 
         nn.CrossEntropyLoss(),
         optimizer,
         tbptt.TBPTT(chosen.k1, chosen.k2),
-        document_stream(ids, chosen),
+        stream,
         guards=[tbptt.NonFinite("raise"), tbptt.ClipNorm(1.0)],
         monitors=[tbptt.Progress()],
         scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=chosen.updates),
         directory=chosen.directory / "run",
-        saving=tbptt.Saving(every=200),
     )
     return trainer.run(updates=chosen.updates)
 
 
 @torch.no_grad()
-def loss_by_position(model: nn.Module, ids: np.ndarray, window: int, *, carried: bool) -> Tensor:
-    """Return the mean loss in nats at each position of texts of 16 windows, from zeros; (16 * window,).
+def loss_by_position(model: nn.Module, ids: np.ndarray, chosen: argparse.Namespace) -> dict[str, Tensor]:
+    """Return the mean loss in nats at each position of held-out texts, (16 * window,): each text begins from zeros.
 
-    The held-out text gives as many such texts as it has room for. Not `carried`: each window starts from zeros.
+    "carried": with the state of all that came before; "dropped": each window begins from zeros, too.
     """
-    steps = TIMES * window
-    texts = (len(ids) - 1) // steps
+    window, steps = chosen.window, TIMES * chosen.window
+    texts = min((len(ids) - 1) // steps, chosen.texts)
     if not texts:
-        raise SystemExit(f"{steps + 1} held-out tokens are needed, a tenth of the document, but it has {len(ids)}")
-    device = next(model.parameters()).device
-    tokens = torch.from_numpy(ids[: texts * steps + 1].astype(np.int64)).to(device)
+        raise SystemExit(f"a tenth of the document should be {steps + 1} tokens or more, but is {len(ids)}")
+    tokens = torch.from_numpy(ids[: texts * steps + 1].astype(np.int64)).to(next(model.parameters()).device)
     inputs, targets = tokens[:-1].view(texts, steps).T, tokens[1:].view(texts, steps).T
-    state, losses = None, []
-    for begin in range(0, steps, window):
-        part = slice(begin, begin + window)
-        outputs, state = model(inputs[part], state if carried else None)
-        losses.append(F.cross_entropy(outputs.transpose(1, 2), targets[part], reduction="none").mean(1))
-    return torch.cat(losses).cpu()
+    total = {"carried": torch.zeros(steps), "dropped": torch.zeros(steps)}
+    for kind, losses in total.items():
+        for lane in range(0, texts, chosen.lanes):
+            state, lanes = None, slice(lane, lane + chosen.lanes)
+            for begin in range(0, steps, window):
+                part = slice(begin, begin + window)
+                outputs, state = model(inputs[part, lanes], state if kind == "carried" else None)
+                each = F.cross_entropy(outputs.transpose(1, 2), targets[part, lanes], reduction="none")
+                losses[part] += each.sum(1).cpu() / texts
+    return total
 
 
-def held_bytes(model: nn.Module, stream: tbptt.ArrayStream, k1: int, k2: int) -> int:
-    """Return the most bytes that autograd holds while the windows up to a whole look-back are learned from."""
-    estimator = tbptt.TBPTT(k1, k2)
+def table(before: dict[str, Tensor], after: dict[str, Tensor], window: int) -> list[str]:
+    """Return lines of nats a token, and perplexity, by position in windows."""
+    columns = {f"{when}, {kind}": each[kind] for when, each in (("before", before), ("after", after)) for kind in each}
+    lines = ["position " + "".join(f"{name:>18}" for name in columns)]
+    for first, last in [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]:
+        means = [float(losses[first * window : last * window].mean()) for losses in columns.values()]
+        lines.append(f"{first:2d} to {last:2d} " + "".join(f"{mean:10.4f} {math.exp(mean):7.2f}" for mean in means))
+    return lines
+
+
+def held_bytes(model: nn.Module, stream: tbptt.ArrayStream, chosen: argparse.Namespace) -> int:
+    """Return the most bytes that autograd holds for an update, its look-back being whole."""
+    estimator = tbptt.TBPTT(chosen.k1, chosen.k2)
     carry = estimator.init(model, stream.lanes)
-    device = next(model.parameters()).device
     with held_for_backward(model.parameters()) as held:
-        for window in islice(stream.windows(k1), math.ceil(k2 / k1)):
-            _, carry = estimator.estimate(model, nn.CrossEntropyLoss(), carry, window.to(device))
+        for window in islice(stream.windows(chosen.k1), math.ceil(chosen.k2 / chosen.k1)):
+            window = window.to(next(model.parameters()).device)
+            _, carry = estimator.estimate(model, nn.CrossEntropyLoss(), carry, window)
     stream.rewind()
     return held.peak
 
 
 @torch.no_grad()
-def continued(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, window: int, tokens: int) -> str:
-    """Return what the model goes on with after `ids`, read window by window with the state carried; seed 0."""
-    device, state = next(model.parameters()).device, None
+def continued(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, window: int) -> str:
+    """Return what the model goes on with after `ids`, read window by window with the state carried."""
+    device, state, said = next(model.parameters()).device, None, list[int]()
     generator = torch.Generator(device).manual_seed(0)
-    for begin in range(0, len(ids), window):
-        inputs = torch.from_numpy(ids[begin : begin + window].astype(np.int64)).to(device)[:, None]
+    for inputs in torch.from_numpy(ids.astype(np.int64)).to(device)[:, None].split(window):
         outputs, state = model(inputs, state)
-    said: list[int] = []
-    for _ in range(tokens):
-        token = torch.multinomial(outputs[-1, 0].float().softmax(-1), 1, generator=generator)
+    for _ in range(40):
+        token = torch.multinomial(outputs[-1, 0].softmax(-1), 1, generator=generator)
         said.append(int(token))
-        outputs, state = model(token[None], state)  # (1, 1): one token, one lane
+        outputs, state = model(token[None], state)  # one step, one lane
     return tokenizer.decode(said)
-
-
-def judged(model: nn.Module, ids: np.ndarray, window: int) -> dict[str, Tensor]:
-    """Return the loss by position, with the state carried and dropped."""
-    model.eval()
-    return {kind: loss_by_position(model, ids, window, carried=kind == "carried") for kind in ("carried", "dropped")}
-
-
-def table(before: dict[str, Tensor], after: dict[str, Tensor], window: int) -> list[str]:
-    """Return the lines of the table: nats a token, and the perplexity, by position in windows."""
-    cells = [(name, kind, losses[kind]) for name, losses in (("before", before), ("after", after)) for kind in losses]
-    lines = ["position " + "".join(f"{f'{name}, {kind}':>18}" for name, kind, _ in cells)]
-    for first, last in [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]:
-        means = [float(losses[first * window : last * window].mean()) for _, _, losses in cells]
-        row = "".join(f"{mean:10.4f} {math.exp(mean):7.2f}" for mean in means)
-        lines.append(f"{first:2d} to {last:2d} {row}")
-    return lines
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -277,29 +225,25 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any] | None:
     chosen = settings(words)
     check_same_run(chosen)
     checkpoint = pretrained(chosen)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    learned, held_out = learned_and_held_out(tokenized(tokenizer, chosen.document, chosen.directory / "tokens.bin"))
-    net = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model = recurrent(net)
-
-    stream = document_stream(learned, chosen)
-    held = held_bytes(model, stream, chosen.k1, chosen.k2)
-    before = judged(model, held_out, chosen.window)
-    model.train()
-    summary = fine_tune(model, learned, chosen)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    learned, held_out = tokenized(tokenizer, chosen)
+    net = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model, stream = recurrent(net), document_stream(learned, chosen)
+    held = held_bytes(model, stream, chosen)
+    before = loss_by_position(model.eval(), held_out, chosen)
+    summary = fine_tune(model.train(), stream, chosen)
     if summary.stopped_by:
         print(f"stopped by {summary.stopped_by} after {summary.updates} updates; the same command goes on there")
         return None
     net.save_pretrained(chosen.directory / "fine-tuned")
     tokenizer.save_pretrained(chosen.directory / "fine-tuned")
-    after = judged(model, held_out, chosen.window)
-
-    print(f"nats a token and perplexity on {len(held_out)} held-out tokens, by position in windows of {chosen.window}")
+    after = loss_by_position(model.eval(), held_out, chosen)
+    print("nats a token, and perplexity, on held-out texts, by position in windows of", chosen.window)
     print(*table(before, after, chosen.window), sep="\n")
     whole = held * stream.steps / chosen.k2
-    print(f"autograd holds {held / 1e6:.1f} MB for {chosen.k2} steps of {chosen.lanes} lanes", end="; ")
-    print(f"for the document's {len(learned)} tokens it would hold {whole / 1e9:.1f} GB")
-    text = continued(model, tokenizer, held_out[: TIMES * chosen.window], chosen.window, 40)
+    print(f"autograd holds {held / 1e6:.1f} MB for {chosen.k2} steps of {chosen.lanes} lanes; for all {len(learned)}")
+    print(f"tokens of the document, which are never unrolled at once, it would hold {whole / 1e9:.1f} GB")
+    text = continued(model, tokenizer, held_out[: TIMES * chosen.window], chosen.window)
     print(f"after {TIMES * chosen.window} held-out tokens it goes on: {text!r}")
     return {"before": before, "after": after, "held_bytes": held, "whole_bytes": whole, "text": text}
 
