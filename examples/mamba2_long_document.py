@@ -97,14 +97,10 @@ def pretrain(vocabulary: int, ids: np.ndarray, chosen: argparse.Namespace) -> tr
     sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 64, "n_groups": 1, "num_hidden_layers": 2}
     steps = {"time_step_min": 1e-5, "time_step_max": 1e-3, "time_step_floor": 1e-6}  # a hundredth of the usual
     none = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # the tokenizer has no such tokens
-    more = {
-        "vocab_size": vocabulary,
-        "chunk_size": chosen.window,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-    }
+    more = {"chunk_size": chosen.window, "initializer_range": 0.02, "tie_word_embeddings": True}
+    config = transformers.Mamba2Config(vocab_size=vocabulary, **sizes, **steps, **none, **more)
     torch.manual_seed(0)
-    net = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **steps, **none, **more))
+    net = transformers.Mamba2ForCausalLM(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=chosen.pretraining, pct_start=0.1)
     generator = np.random.default_rng(0)
@@ -209,15 +205,14 @@ def held_bytes(model: nn.Module, stream: tbptt.ArrayStream, chosen: argparse.Nam
 @torch.no_grad()
 def continued(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, window: int) -> str:
     """Return what the model goes on with after `ids`, read window by window with the state carried."""
-    device, state, said = next(model.parameters()).device, None, list[int]()
+    device, state, said = next(model.parameters()).device, None, list[Tensor]()
     generator = torch.Generator(device).manual_seed(0)
     for inputs in torch.from_numpy(ids.astype(np.int64)).to(device)[:, None].split(window):
         outputs, state = model(inputs, state)
     for _ in range(40):
-        token = torch.multinomial(outputs[-1, 0].softmax(-1), 1, generator=generator)
-        said.append(int(token))
-        outputs, state = model(token[None], state)  # one step, one lane
-    return tokenizer.decode(said)
+        said.append(torch.multinomial(outputs[-1, 0].softmax(-1), 1, generator=generator))
+        outputs, state = model(said[-1][None], state)  # one step, one lane
+    return tokenizer.decode(torch.cat(said))
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -241,8 +236,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any] | None:
     print("nats a token, and perplexity, on held-out texts, by position in windows of", chosen.window)
     print(*table(before, after, chosen.window), sep="\n")
     whole = held * stream.steps / chosen.k2
-    print(f"autograd holds {held / 1e6:.1f} MB for {chosen.k2} steps of {chosen.lanes} lanes; for all {len(learned)}")
-    print(f"tokens of the document, which are never unrolled at once, it would hold {whole / 1e9:.1f} GB")
+    print(f"autograd holds {held / 1e6:.1f} MB for an update, {chosen.k2} steps of {chosen.lanes} lanes;")
+    print(f"for all {len(learned)} tokens of the document, never unrolled at once, it would hold {whole / 1e9:.1f} GB")
     text = continued(model, tokenizer, held_out[: TIMES * chosen.window], chosen.window)
     print(f"after {TIMES * chosen.window} held-out tokens it goes on: {text!r}")
     return {"before": before, "after": after, "held_bytes": held, "whole_bytes": whole, "text": text}
