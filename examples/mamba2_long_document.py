@@ -50,6 +50,8 @@ def settings(words: Sequence[str] | None) -> argparse.Namespace:
     add("--updates", type=int, default=1500, help="of fine-tuning")
     add("--rate", type=float, default=1e-3, help="learning rate at the beginning; it falls to zero")
     add("--pretraining", type=int, default=800, help="updates, each with as many windows as there are lanes")
+    add("--time-steps", type=float, nargs=2, default=[1e-5, 1e-3], help="of a small model, at the start")
+    add("--seed", type=int, default=0)
     add("--texts", type=int, default=128, help=f"held-out texts, of {TIMES} windows each, at the most")
     add("--reset", action="store_true", help="the control: start each window from zeros in fine-tuning, too")
     chosen = parser.parse_args(words)
@@ -93,17 +95,17 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, chosen: argparse.Namespace) ->
 
 
 def pretrain(vocabulary: int, ids: np.ndarray, chosen: argparse.Namespace) -> transformers.PreTrainedModel:
-    """Return a small Mamba2 with a state that decays slowly, trained on windows that all start from zeros."""
+    """Return a small Mamba2, trained on windows from anywhere in the text, each from a state of zeros."""
     sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 64, "n_groups": 1, "num_hidden_layers": 2}
-    steps = {"time_step_min": 1e-5, "time_step_max": 1e-3, "time_step_floor": 1e-6}  # a hundredth of the usual
+    steps = dict(zip(("time_step_min", "time_step_max"), chosen.time_steps, strict=True), time_step_floor=1e-6)
     none = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # the tokenizer has no such tokens
     more = {"chunk_size": chosen.window, "initializer_range": 0.02, "tie_word_embeddings": True}
     config = transformers.Mamba2Config(vocab_size=vocabulary, **sizes, **steps, **none, **more)
-    torch.manual_seed(0)
+    torch.manual_seed(chosen.seed)
     net = transformers.Mamba2ForCausalLM(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=chosen.pretraining, pct_start=0.1)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(chosen.seed)
     for _ in range(chosen.pretraining):
         begin = generator.integers(len(ids) - chosen.window, size=(chosen.lanes, 1))
         rows = torch.from_numpy(ids[begin + np.arange(chosen.window + 1)].astype(np.int64))
@@ -152,6 +154,7 @@ def fine_tune(model: nn.Module, stream: tbptt.Stream, chosen: argparse.Namespace
         monitors=[tbptt.Progress()],
         scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=chosen.updates),
         directory=chosen.directory / "run",
+        seed=chosen.seed,
     )
     return trainer.run(updates=chosen.updates)
 
