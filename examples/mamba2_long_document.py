@@ -161,10 +161,7 @@ def fine_tune(model: nn.Module, stream: tbptt.Stream, chosen: argparse.Namespace
 
 @torch.no_grad()
 def loss_by_position(model: nn.Module, ids: np.ndarray, chosen: argparse.Namespace) -> dict[str, Tensor]:
-    """Return the mean loss in nats at each position of held-out texts, (16 * window,): each text begins from zeros.
-
-    "carried": with the state of all that came before; "dropped": each window begins from zeros, too.
-    """
+    """Return the loss in nats at each position of held-out texts, the state carried, or dropped at each window."""
     window, steps = chosen.window, TIMES * chosen.window
     texts = min((len(ids) - 1) // steps, chosen.texts)
     if not texts:

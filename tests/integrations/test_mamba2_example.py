@@ -5,11 +5,13 @@ Letters: N texts, T steps of a text, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
 from pathlib import Path
@@ -19,10 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tbptt
+from tbptt.integrations.transformers import recurrent
 from tbptt.monitors import Monitor, Update
 
 transformers = pytest.importorskip("transformers")
@@ -122,10 +126,10 @@ def state_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 def cache_of(net: nn.Module, state: list[tuple[Tensor, Tensor]]) -> Any:
     cache = transformers.DynamicCache(config=net.config)
-    for layer, (conv, recurrent) in zip(cache.layers, state, strict=True):
-        layer.lazy_initialization(conv_states=conv, recurrent_states=recurrent)
+    for layer, (conv, ssm) in zip(cache.layers, state, strict=True):
+        layer.lazy_initialization(conv_states=conv, recurrent_states=ssm)
         layer.conv_states[0].copy_(conv)
-        layer.recurrent_states[0].copy_(recurrent)
+        layer.recurrent_states[0].copy_(ssm)
         layer.has_previous_state[0] = True
     return cache
 
@@ -204,23 +208,28 @@ class Interrupt(Monitor):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.fixture
-def interrupted(
-    run: tuple[Path, str], example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> list[str]:
-    """The words of a run that was stopped after 5 updates."""
-    words = begun(run, tmp_path / "run")
-    make = tbptt.Trainer
+@pytest.fixture(scope="module")
+def stopped(run: tuple[Path, str], example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was stopped after 5 updates."""
+    directory = tmp_path_factory.mktemp("runs") / "stopped"
+    words, make, said = begun(run, directory), tbptt.Trainer, io.StringIO()
 
     def trainer(*args: Any, monitors: list[Monitor], **more: Any) -> tbptt.Trainer:
         return make(*args, monitors=[*monitors, Interrupt(5)], **more)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(tbptt, "Trainer", trainer)
         assert example.main(words) is None
-    assert "stopped by SIGINT after 5 updates" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "fine-tuned").exists()
-    return words
+    assert said.getvalue().startswith("stopped by SIGINT after 5 updates")
+    assert not (directory / "fine-tuned").exists()
+    return directory
+
+
+@pytest.fixture
+def interrupted(stopped: Path, tmp_path: Path) -> list[str]:
+    """The words of the command that was stopped, for a copy of its directory."""
+    shutil.copytree(stopped, tmp_path / "run")
+    return [*SHORT, "--directory", str(tmp_path / "run")]
 
 
 def test_after_ctrl_c_the_same_command_goes_on(
@@ -312,7 +321,7 @@ def test_the_memory_is_that_of_the_graph_and_grows_with_the_look_back(
 
     def held(times: int) -> int:
         chosen = example.settings([*SHORT, "--k2", str(times * WINDOW)])
-        model = tbptt.integrations.transformers.recurrent(net)
+        model = recurrent(net)
         return example.held_bytes(model, example.document_stream(ids, chosen), chosen)
 
     window = next(islice(tbptt.ArrayStream(ids[:-1], ids[1:], lanes=LANES).windows(2 * WINDOW), 1))
@@ -337,3 +346,21 @@ def test_a_state_older_than_the_window_harms_before_and_helps_after(example: Mod
     assert before["carried"] > before["dropped"] + 0.03
     assert after["carried"] < after["dropped"] - 0.03
     assert after["carried"] < before["carried"] - 0.1
+
+
+# What the page says of hybrid models.
+
+
+@pytest.mark.parametrize(("kind", "grows"), [("Mamba2", False), ("FalconH1", True)])
+def test_the_cache_of_attention_grows_until_all_lanes_begin_anew(kind: str, grows: bool) -> None:
+    model = recurrent(zoo.transformer(kind))
+    ids = np.arange(8 * 8 + 1) % zoo.VOCABULARY
+    stream = tbptt.ArrayStream(ids[:-1], ids[1:], lanes=2, reset=np.arange(64) % 32 == 24)
+    estimator, sizes = tbptt.TBPTT(k1=8, k2=16), list[int]()
+    carry = estimator.init(model, stream.lanes)
+    for window in stream.windows(8):
+        _, carry = estimator.estimate(model, nn.CrossEntropyLoss(), carry, window)
+        sizes.append(tbptt.tree.num_bytes(carry.state))
+    fixed = 2 * sizes[0] - sizes[1]  # what does not grow
+    assert [size - fixed for size in sizes] == [times * (sizes[1] - sizes[0]) for times in (1, 2, 3, 1)]
+    assert (sizes[1] > sizes[0]) == grows
