@@ -336,18 +336,6 @@ def test_the_memory_of_the_document_is_in_proportion(run: tuple[Path, str]) -> N
     assert document * 1e9 == pytest.approx(window * 1e6 * tokens / (2 * WINDOW * LANES), rel=0.02)  # as printed
 
 
-@pytest.mark.slow
-def test_a_state_older_than_the_window_harms_before_and_helps_after(example: ModuleType, tmp_path: Path) -> None:
-    figures = example.main(["--updates", "600", "--directory", str(tmp_path / "run")])
-    assert figures is not None
-    before, after = (
-        {kind: each[8 * 32 :].mean() for kind, each in figures[when].items()} for when in ("before", "after")
-    )
-    assert before["carried"] > before["dropped"] + 0.03
-    assert after["carried"] < after["dropped"] - 0.03
-    assert after["carried"] < before["carried"] - 0.1
-
-
 # What the page says of hybrid models.
 
 
@@ -364,3 +352,37 @@ def test_the_cache_of_attention_grows_until_all_lanes_begin_anew(kind: str, grow
     fixed = 2 * sizes[0] - sizes[1]  # what does not grow
     assert [size - fixed for size in sizes] == [times * (sizes[1] - sizes[0]) for times in (1, 2, 3, 1)]
     assert (sizes[1] > sizes[0]) == grows
+
+
+def test_no_lane_of_a_hybrid_begins_anew_alone() -> None:
+    ids = np.arange(101)
+    stream = tbptt.ArrayStream(ids[:-1], ids[1:], lanes=2, reset=np.arange(100) == 12)
+    estimator, model = tbptt.TBPTT(k1=8, k2=16), recurrent(zoo.transformer("FalconH1"))
+    _, carry = estimator.estimate(model, nn.CrossEntropyLoss(), estimator.init(model, 2), stream.read(8))
+    with pytest.raises(tbptt.TbpttError, match="reset all lanes at the same step"):
+        estimator.estimate(model, nn.CrossEntropyLoss(), carry, stream.read(8))
+
+
+@pytest.mark.slow
+def test_the_example_takes_a_hybrid(run: tuple[Path, str], example: ModuleType, tmp_path: Path) -> None:
+    config = transformers.FalconH1Config(**{**zoo.SIZES, **zoo.CONFIGURATIONS["FalconH1"], "vocab_size": 512})
+    transformers.FalconH1ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
+    transformers.AutoTokenizer.from_pretrained(run[0] / "pretrained").save_pretrained(tmp_path / "hybrid")
+    figures = example.main([*SHORT, "--model", str(tmp_path / "hybrid"), "--directory", str(tmp_path / "run")])
+    assert figures is not None
+    assert figures["after"]["carried"].mean() < figures["before"]["carried"].mean()
+
+
+# With sizes that learn.
+
+
+@pytest.mark.slow
+def test_a_state_older_than_the_window_harms_before_and_helps_after(example: ModuleType, tmp_path: Path) -> None:
+    figures = example.main(["--updates", "600", "--directory", str(tmp_path / "run")])
+    assert figures is not None
+    before, after = (
+        {kind: each[8 * 32 :].mean() for kind, each in figures[when].items()} for when in ("before", "after")
+    )
+    assert before["carried"] > before["dropped"] + 0.03
+    assert after["carried"] < after["dropped"] - 0.03
+    assert after["carried"] < before["carried"] - 0.1
