@@ -56,7 +56,8 @@ def settings(words: Sequence[str] | None) -> argparse.Namespace:
     add("--texts", type=int, default=128, help=f"held-out texts, of {TIMES} windows each, at the most")
     add("--reset", action="store_true", help="the control: start each window from zeros in fine-tuning, too")
     chosen = parser.parse_args(words)
-    chosen.k1, chosen.k2 = chosen.k1 or chosen.window, chosen.k2 or 2 * chosen.window
+    chosen.k1 = chosen.window if chosen.k1 is None else chosen.k1
+    chosen.k2 = 2 * chosen.window if chosen.k2 is None else chosen.k2
     return chosen
 
 
