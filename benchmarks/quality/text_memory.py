@@ -22,7 +22,7 @@ context at the time of reading:
 "halves", "quarters": windows begun every 16 or 8 characters, of which the last 16 or 8 count: a character has at least
 16 or 24 before it, for twice or four times the work.
 
-    python benchmarks/quality/text_memory.py [--seconds 180] [--seeds 3] [--picture docs/text_memory.png]
+    python benchmarks/quality/text_memory.py [--seconds 150] [--seeds 3] [--picture docs/text_memory.png]
     python benchmarks/quality/text_memory.py --from benchmarks/results/quality_text_memory.json --picture FILE
 
 What there is is saved after each seed.
@@ -55,7 +55,7 @@ from tbptt.models import SegmentTransformer
 from tbptt.streams import shakespeare
 
 STEPS, LANES, SYMBOLS, WIDTH, HEADS, LAYERS, RATE = 32, 16, 65, 96, 4, 2, 1e-3
-READ_LANES, TURN_S, POINTS, EVERY = 32, 1.0, 6, 1000
+READ_LANES, TURN_S, POINTS, EVERY = 32, 1.0, 6, 2000
 LOSS = nn.CrossEntropyLoss()
 
 
@@ -240,7 +240,7 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--seeds", type=int, default=3)
     options = parsed(parser)
     torch.set_num_threads(1)
