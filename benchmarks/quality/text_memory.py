@@ -61,7 +61,10 @@ LOSS = nn.CrossEntropyLoss()
 
 @dataclass(frozen=True)
 class Side:
-    """One way of training: remembered steps, the look-back, and whether each segment starts from nothing."""
+    """One way of training: remembered steps, the look-back, and whether each segment starts from nothing.
+
+    Gradients may go into what is remembered where the look-back is longer than a segment.
+    """
 
     memory: int
     k2: int
@@ -209,13 +212,12 @@ def figures_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
         figures[f"{label}: median"] = median(values)
         figures[f"{label}: seeds"] = ", ".join(f"{value:.3f}" for value in values)
 
-    shared = min(len(run["by_updates"]) for run in runs)
     for name in SIDES:
         mine = [run for run in runs if run["side"] == name]
         for point in range(POINTS):
             seconds = mine[0]["by_time"][point]["cpu_seconds"]
             all_seeds(f"{name}, bits after {seconds:.0f} s", [run["by_time"][point]["bits"] for run in mine])
-        for point in range(shared):
+        for point in range(min(len(run["by_updates"]) for run in mine)):
             updates = mine[0]["by_updates"][point]["updates"]
             all_seeds(f"{name}, bits after {updates} updates", [run["by_updates"][point]["bits"] for run in mine])
         for reading in mine[0]["readings"]:
@@ -243,10 +245,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--seeds", type=int, default=3)
     options = parsed(parser)
+    if options.saved is not None:
+        picture(saved_runs(options.saved), options.picture)
+        return
     torch.set_num_threads(1)
-    runs: list[dict[str, Any]] = [] if options.saved is None else saved_runs(options.saved)
+    runs: list[dict[str, Any]] = []
     parameters = sum(each.numel() for each in model_of(STEPS, gradient=True).parameters())
-    for seed in range(0 if runs else options.seeds):
+    for seed in range(options.seeds):
         runs += train(seed, options.seconds)
         about = {"seconds": options.seconds, "parameters": parameters}
         save("quality_text_memory", figures_of(runs), {"runs": runs}, **about)
