@@ -1,11 +1,13 @@
 """Where every short truncation runs away, random truncation arrives: influence balancing, trained by `Trainer`.
 
     python benchmarks/quality/influence.py [--seeds 6] [--picture docs/influence.png]
+    python benchmarks/quality/influence.py --from benchmarks/results/quality_influence.json --picture docs/influence.png
 
 Plain gradient descent over 30 000 steps of the stream, in float64. `ARTBP` with a mean length of 16, alpha = 4 and 6
 and seeds 0 to 5, with a rate of 1e-5 for the gradient of a segment's *sum*: the library divides that by 16, so the
 optimizer has 16e-5. `TBPTT(1, 10)` with 1e-5, and `TBPTT(16, 16)` with 16e-5, whose gradient is a mean over 16 steps.
-Measured is the loss at the end of the stream; the picture is drawn by plotly and taken by chromium.
+Measured is the loss at the end of the stream; the picture is drawn by plotly and taken by chromium; with `--from`, of
+runs that were saved.
 """
 
 from __future__ import annotations
@@ -19,14 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import math
-import shutil
-import subprocess
-import tempfile
 import warnings
 from typing import Any
 
-import plotly.graph_objects as go
 import torch
+from picture import lines, parsed, saved_runs, take
 from side_by_side import save
 from torch import Tensor
 
@@ -84,35 +83,20 @@ def train(side: str, seed: int) -> dict[str, Any]:
 
 def picture(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw each run's loss; needs chromium."""
-    colours = dict(zip(SIDES, ("#0072B2", "#009E73", "#D55E00", "#AA4499"), strict=True))
-    dashes = dict(zip(SIDES, ("solid", "dot", "dash", "longdash"), strict=True))
-    figure, shown = go.Figure(), set[str]()
-    for run in runs:
-        side = run["side"]
-        style = {"color": colours[side], "dash": dashes[side], "width": 1.5}
-        lines = {"x": run["steps"], "y": run["losses"], "mode": "lines", "line": style}
-        figure.add_scatter(name=side, legendgroup=side, showlegend=side not in shown, **lines)
-        shown.add(side)
+    sides = {side: [(run["steps"], run["losses"]) for run in runs if run["side"] == side] for side in SIDES}
+    figure = lines(sides)
     figure.update_yaxes(type="log", exponentformat="power", dtick=4, title="loss")
     figure.update_xaxes(title="steps of the stream")
-    figure.update_layout(template="plotly_white", width=900, height=460, margin={"l": 70, "r": 20, "t": 20, "b": 60})
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        raise SystemExit("--picture needs chromium")
-    with tempfile.TemporaryDirectory() as directory:
-        page = Path(directory) / "page.html"
-        style = "<style>body{margin:0}</style>"
-        page.write_text(style + figure.to_html(config={"displayModeBar": False}, full_html=False), encoding="utf-8")
-        words = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=5000"]
-        size = ["--window-size=900,460", "--force-device-scale-factor=2", f"--screenshot={path.resolve()}"]
-        subprocess.run([program, *words, *size, page.as_uri()], check=True, capture_output=True)
+    take(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--picture", type=Path)
-    options = parser.parse_args()
+    options = parsed(parser)
+    if options.saved is not None:
+        picture(saved_runs(options.saved), options.picture)
+        return
     torch.set_num_threads(1)
     runs = [
         train(side, seed) for side in SIDES for seed in range(options.seeds if side.startswith("ARTBP") else 1)

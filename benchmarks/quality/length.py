@@ -12,7 +12,8 @@ Read from the start of a sequence, the state carried, the last tenth of the text
 times, each time begun 64 characters later and round at its end: so that each character comes once in each of the 16
 stretches of 64, and the mean losses of these are of the same text.
 
-    python benchmarks/quality/length.py [--seeds 3] [--processes 2]
+    python benchmarks/quality/length.py [--seeds 3] [--processes 2] [--picture docs/length.png]
+    python benchmarks/quality/length.py --from benchmarks/results/quality_length.json --picture docs/length.png
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from picture import lines, parsed, saved_runs, take
 from side_by_side import save
 from torch import Tensor, nn
 
@@ -96,12 +98,31 @@ def train(carried: bool, seed: int, updates: int) -> dict[str, Any]:
     return {"carried": carried, "seed": seed, "losses": by_place(model.eval()), "cpu_seconds": seconds}
 
 
+def picture(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw each run's loss by place; needs chromium."""
+    middles = [STEPS * (block + 0.5) for block in range(BLOCKS)]
+    sides = {
+        "state carried": [(middles, run["losses"]) for run in runs if run["carried"]],
+        "from zero in each window": [(middles, run["losses"]) for run in runs if not run["carried"]],
+    }
+    figure = lines(sides, markers=True)
+    note = {"annotation_text": "end of a training window", "annotation_position": "top right"}
+    figure.add_vline(STEPS, line={"color": "#888888", "width": 1}, annotation_font_color="#555555", **note)
+    figure.update_yaxes(title="nats per character", tickformat=".2f")
+    figure.update_xaxes(title="characters read so far", tick0=0, dtick=2 * STEPS, range=[0, STEPS * BLOCKS])
+    figure.update_layout(legend_title_text="trained with")
+    take(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+    options = parsed(parser)
+    if options.saved is not None:
+        picture(saved_runs(options.saved), options.picture)
+        return
     with ProcessPoolExecutor(options.processes) as pool:
         jobs = [
             pool.submit(train, carried, seed, options.updates)
@@ -117,6 +138,8 @@ def main() -> None:
         figures[f"{label}: loss in steps 64-127"] = losses[1]
         figures[f"{label}: loss in steps 960-1023"] = losses[-1]
         figures[f"{label}: highest of later ones above that of steps 0-63"] = max(losses[1:]) - losses[0]
+    if options.picture is not None:
+        picture(runs, options.picture)
     save("quality_length", figures, {"runs": runs}, updates=options.updates)
 
 
