@@ -191,3 +191,24 @@ def test_a_held_out_stream_is_read_in_whole_segments(steps: int) -> None:
             outputs, state = model(inputs.view(2, 19, INPUTS).transpose(0, 1)[part], state)
         total += float((outputs - targets.view(2, 19, 2).transpose(0, 1)[part]).square().mean(-1).sum())
     assert found["loss"] == pytest.approx(total / 38, rel=1e-6)
+
+
+class Undeclared(nn.Module):
+    """A model of segments that does not say so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        return self.model(inputs, state)
+
+
+@pytest.mark.parametrize("segment", [4, 6, 10])
+def test_lengths_that_an_undeclared_model_takes_are_found_and_the_others_noted(segment: int) -> None:
+    model = Undeclared(segments(segment=segment))
+    report = tbptt.check(model, torch.randn(30, 3, INPUTS), tbptt.TBPTT(segment, 2 * segment))
+    assert report, str(report)
+    assert "takes no single steps: ShapeError: a state at the end of a segment" in item(report, "value carry").detail
+    assert item(report, "reset").verdict == "ok"
+    assert item(report, "reach").detail == "not measured: the model takes no single steps"
