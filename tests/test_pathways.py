@@ -196,9 +196,12 @@ def test_a_held_out_stream_is_read_in_whole_segments(steps: int) -> None:
 class Undeclared(nn.Module):
     """A model of segments that does not say so."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: SegmentTransformer) -> None:
         super().__init__()
         self.model = model
+
+    def initial_state(self, lanes: int) -> Any:
+        return self.model.initial_state(lanes)
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         return self.model(inputs, state)
