@@ -13,7 +13,7 @@ from torch import nn
 from tbptt.errors import ShapeError
 from tbptt.tree import Tree, leaf_names, tensors
 
-__all__ = ["HasPathways", "HasSegments", "pathways_of", "segment_steps"]
+__all__ = ["HasPathways", "HasSegments", "in_segments", "pathways_of", "segment_steps"]
 
 
 @runtime_checkable
@@ -44,6 +44,16 @@ class HasSegments(Protocol):
 def segment_steps(model: nn.Module) -> int:
     """Return the steps that every cut of a sequence must be a multiple of: 1 for a model that says nothing else."""
     return (model.segment_steps() or 1) if isinstance(model, HasSegments) else 1
+
+
+def in_segments(steps: int, segment: int) -> int:
+    """Return a number of steps, rounded up to whole segments.
+
+    Example:
+        >>> in_segments(5, 4), in_segments(8, 4), in_segments(5, 1)
+        (8, 8, 5)
+    """
+    return -(-steps // segment) * segment
 
 
 def pathways_of(model: nn.Module, state: Tree) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from tbptt.cli.config import CORE_KEYS, Config, Guards, Model, Optimizer, arguments_model, estimator_classes
 from tbptt.cli.presets import TASKS, Kind, Tables, core_defaults, defaults_for, kind_of
 from tbptt.errors import ConfigError
+from tbptt.pathways import in_segments
 
 __all__ = ["Given", "did_you_mean", "dotted", "read_toml", "resolve", "validate"]
 
@@ -254,7 +255,7 @@ def _check_segments(config: Config, origins: Mapping[str, str]) -> None:
     wrong = {key: steps for key, steps in wrong.items() if steps % segment}
     if wrong:
         came = ", ".join(f"{_place(f'estimator.{key}', origins)} = {steps}" for key, steps in wrong.items())
-        fitting = " ".join(f"--set estimator.{key}={-(-steps // segment) * segment}" for key, steps in wrong.items())
+        fitting = " ".join(f"--set estimator.{key}={in_segments(steps, segment)}" for key, steps in wrong.items())
         raise ConfigError(
             f"multiples of model.segment = {segment} were expected, but {came}: a sequence may be cut where a segment "
             "ends, and nowhere else",

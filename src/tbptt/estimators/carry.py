@@ -17,7 +17,7 @@ from tbptt.estimators.retained import RetainedSegment
 from tbptt.length import Adaptive, Length, LengthState
 from tbptt.length.base import States, states_from
 from tbptt.model import find_lane_dims
-from tbptt.pathways import segment_steps
+from tbptt.pathways import in_segments, segment_steps
 from tbptt.rereading import Rereading
 from tbptt.tree import LaneDims, Tree, all_finite
 from tbptt.window import Window
@@ -124,17 +124,17 @@ def unit_of(model: nn.Module, **lengths: int | Length | Sequence[int] | None) ->
             raise ConfigError(
                 f"{name} in multiples of the segments of {unit} steps of {type(model).__name__} was expected, but "
                 f"{name}={length} came: a window or a look-back that begins within a segment belongs to another model",
-                fix=_in_segments(name, length, unit),
+                fix=_fitting(name, length, unit),
             )
     return unit
 
 
-def _in_segments(name: str, length: int | Length | Sequence[int] | None, unit: int) -> str:
+def _fitting(name: str, length: int | Length | Sequence[int] | None, unit: int) -> str:
     if isinstance(length, Adaptive):
-        return f"{name}=Adaptive(..., max={-(-length.max // unit) * unit}, multiple={unit})"
+        return f"{name}=Adaptive(..., max={in_segments(length.max, unit)}, multiple={unit})"
     if isinstance(length, Length):
         return f"{name}=Curriculum([1, 2, 4], updates=1000, segment={unit}), or Choice of multiples of {unit}"
-    whole = [-(-each // unit) * unit for each in (length if isinstance(length, Sequence) else [length or unit])]
+    whole = [in_segments(each, unit) for each in (length if isinstance(length, Sequence) else [length or unit])]
     return f"{name}={whole if isinstance(length, Sequence) else whole[0]}"
 
 

@@ -22,6 +22,7 @@ from tbptt.estimators.run import Run
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
+from tbptt.pathways import in_segments
 from tbptt.rereading import Readable, Rereading
 from tbptt.tree import Tree
 from tbptt.window import Window
@@ -108,15 +109,15 @@ class FullBPTT(Estimator):
         if self.k1 != "pass":
             return stream.read(self.next_steps(carry))
         return cast(
-            Window, Rereading(stream, self.segment or _whole(_PIECE, carry.unit))
+            Window, Rereading(stream, self.segment or in_segments(_PIECE, carry.unit))
         )  # which only `estimate` here looks into
 
     def fixed(self, carry: ChainCarry) -> FullBPTT:
         """Return the estimator with windows of a few steps, where they are whole passes: for `tbptt.check`."""
         if self.k1 != "pass":
             return self
-        segment = _whole(min(self.segment or 8, 8), carry.unit)
-        return replace(self, k1=_whole(max(_CHECKED, 2 * segment), carry.unit), segment=segment)
+        segment = in_segments(min(self.segment or 8, 8), carry.unit)
+        return replace(self, k1=in_segments(max(_CHECKED, 2 * segment), carry.unit), segment=segment)
 
     def init(self, model: nn.Module, lanes: int) -> ChainCarry:
         """Return the carry before the first window; see `Estimator.init`."""
@@ -149,7 +150,7 @@ class FullBPTT(Estimator):
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         if isinstance(window, Window):
             news = 0 if past is None else past.window.steps
-            size = self.segment or _whole(math.ceil(math.sqrt(news + window.steps)), carry.unit)
+            size = self.segment or in_segments(math.ceil(math.sqrt(news + window.steps)), carry.unit)
             cuts = [*range(0, news, size), *range(news, news + window.steps, size)]
             pieces = HeldPieces(past, window, cuts)
         else:
@@ -179,11 +180,6 @@ class FullBPTT(Estimator):
                 fix="FullBPTT(k1=...) with windows that are held, or a stream that resets at the start of a pass",
             )
         return None
-
-
-def _whole(steps: int, unit: int) -> int:
-    """Return steps, rounded up to whole segments of a model."""
-    return -(-steps // unit) * unit
 
 
 def _since_the_start(whole: Window, start: Tree | None) -> Stretch:

@@ -14,7 +14,7 @@ from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate
 from tbptt.estimators.probe import probe, spread
 from tbptt.estimators.run import Run
-from tbptt.length import Adaptive, Curriculum, Length, LengthState
+from tbptt.length import Adaptive, Length, LengthState
 from tbptt.length.base import States
 from tbptt.tree import LaneDims
 from tbptt.window import Window
@@ -117,13 +117,11 @@ class Lengths:
         after: States = {}
         measured: dict[str, float] = {}
         for name, policy in self.policies.items():
-            state = policy.after(states[name], estimate.lookback)
+            loss = float(estimate.loss) if policy.asks_for_loss else None
+            state = policy.learned(policy.after(states[name], estimate.lookback), loss)
             if isinstance(policy, Adaptive) and policy.is_due(state):
                 state, found = self._probed(policy, state, run, window, dims)
                 measured |= found
-            elif isinstance(policy, Curriculum):
-                state = policy.learned(state, None if policy.enough is None else float(estimate.loss))
-                measured |= {"stage": float(state.stage)}
             after[name] = state
         return after, measured
 

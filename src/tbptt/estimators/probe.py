@@ -19,6 +19,7 @@ from tbptt.estimators.history import Stretch
 from tbptt.estimators.segments import Segment, lane_norms, walk_back
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was
+from tbptt.pathways import in_segments
 from tbptt.tree import LaneDims, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -46,7 +47,7 @@ class Probe:
 
 def spread(unit: int) -> int:
     """Return `SPREAD` in whole units."""
-    return -(-SPREAD // unit) * unit
+    return in_segments(SPREAD, unit)
 
 
 def probe(

@@ -18,7 +18,7 @@ from tbptt.horizon.samples import places
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, fork_random, left_as_it_was
-from tbptt.pathways import segment_steps
+from tbptt.pathways import in_segments, segment_steps
 from tbptt.streams.base import Stream
 from tbptt.tree import tensors
 from tbptt.unroll import unroll
@@ -88,7 +88,7 @@ def influences(
             found: list[Influence] = []
             draws = np.random.default_rng(seed)
             segment = segment_steps(model)
-            run = -(-steps // segment) * segment  # in whole segments; what is too much, or after the loss, is left out
+            run = in_segments(steps, segment)  # in whole segments; what is too much, or after the loss, is left out
             for number, place in enumerate(places(model, step_loss, stream, run, count, run, draws, segment)):
                 tap = InputTap(model)
                 with tap.enter(place.window) as window:

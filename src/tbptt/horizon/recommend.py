@@ -16,6 +16,7 @@ from tbptt.errors import ConfigError
 from tbptt.estimators import TBPTT
 from tbptt.horizon.costs import Costs
 from tbptt.horizon.statistics import Band, bootstrap
+from tbptt.pathways import in_segments
 
 __all__ = ["Limits", "Need", "Recommendation", "check_tolerance", "choose", "need"]
 
@@ -205,7 +206,7 @@ def choose(
     """
     why = _reasons(needed, tolerance)
     cap = _cap(costs, limits, segment, why)
-    steps = None if needed.steps is None else _up(needed.steps, segment)
+    steps = None if needed.steps is None else in_segments(needed.steps, segment)
     if steps is None and cap is None:
         raise ConfigError(
             f"a dependency that ends within the {needed.longest} lags measured was expected, but beyond lies more "
@@ -215,11 +216,11 @@ def choose(
     if limits.k1 is not None and limits.k1 % segment:
         raise ConfigError(
             f"a k1 in multiples of the model's segments of {segment} steps was expected, but {limits.k1} came",
-            fix=f"k1={_up(limits.k1, segment)}",
+            fix=f"k1={in_segments(limits.k1, segment)}",
         )
     target = steps if steps is not None else cap
     assert target is not None
-    k1 = limits.k1 or _up(max(1, math.ceil(target / 2)), segment)
+    k1 = limits.k1 or in_segments(max(1, math.ceil(target / 2)), segment)
     met = steps is not None
     if cap is not None and target + k1 - segment > cap:
         if limits.k1 is None:
@@ -242,10 +243,6 @@ def choose(
     else:
         why.append("Measured at these weights: as the model learns, more may be needed; measure again then.")
     return Recommendation(k1, k2, steps, needed.low, needed.high, tolerance, met, learned is False, tuple(why))
-
-
-def _up(steps: int, segment: int) -> int:
-    return -(-steps // segment) * segment
 
 
 def _reasons(needed: Need, tolerance: float) -> list[str]:
@@ -303,7 +300,7 @@ def _fast_enough(
     """Lengthen k1, so that the look-back is run less often, until a step is fast enough."""
     assert limits.time is not None
     while costs.seconds_at(k2) / k1 > limits.time:
-        longer = _up(k1 + max(1, k1 // 8), segment)
+        longer = in_segments(k1 + max(1, k1 // 8), segment)
         if limits.k1 is not None or (cap is not None and target + longer - segment > cap) or longer > 64 * target:
             why.append(f"A step takes {costs.seconds_at(k2) / k1:.3g} s, longer than the {limits.time:.3g} s allowed.")
             return k1, k2, False

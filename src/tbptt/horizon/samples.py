@@ -20,7 +20,7 @@ from tbptt.horizon.statistics import Sketch
 from tbptt.horizon.ways import OneWay, Way
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, trainable_parameters
-from tbptt.pathways import pathways_of
+from tbptt.pathways import in_segments, pathways_of
 from tbptt.streams.base import Stream
 from tbptt.tree import LaneDims, Tree, detach
 from tbptt.unroll import unroll
@@ -81,8 +81,8 @@ def places(
     dims: LaneDims | None = None
     found: list[Place] = []
     empty = 0
-    near = -(-_NEAR // resolution) * resolution
-    gap = -(-burn_in // resolution) * resolution
+    near = in_segments(_NEAR, resolution)
+    gap = in_segments(burn_in, resolution)
     fresh = False  # whether this pass has just begun
     with torch.no_grad():
         while len(found) < count:
@@ -112,7 +112,7 @@ def places(
                 state = detach(unroll(model, window[:whole], state, dims)[1]) if whole else state
                 gap = int(draws.integers(longest)) // resolution * resolution
                 continue
-            end = -(-(last + 1) // resolution) * resolution
+            end = in_segments(last + 1, resolution)
             first = end - longest
             if first:
                 state = detach(unroll(model, window[:first], state, dims)[1])

@@ -107,6 +107,21 @@ class Length(ABC):
         """Return the state after an update that ran `steps` steps forward and back."""
         return replace(state, updates=state.updates + 1, waited=state.waited + 1, worked=state.worked + steps)
 
+    @property
+    def asks_for_loss(self) -> bool:
+        """Whether `learned` wants the loss of each update, which on a GPU has to be waited for."""
+        return False
+
+    def learned(self, state: LengthState, loss: float | None = None) -> LengthState:
+        """Return the state after an update was learned from.
+
+        Args:
+            state: that `after` returned for it.
+            loss: of its window, where the policy asks for it.
+        """
+        del loss  # the same whatever it is, unless a policy says otherwise
+        return state
+
     def rate(self, length: int) -> float:
         """Return what the learning rate is multiplied by when the length is `length`."""
         del length  # the same for all, unless a policy says otherwise

@@ -118,6 +118,11 @@ class Curriculum(Length):
             stage = int(np.random.default_rng((self.seed, state.updates)).integers(stage + 1))
         return self.lengths[stage] * self.segment
 
+    @property
+    def asks_for_loss(self) -> bool:
+        """Whether `enough` is set."""
+        return self.enough is not None
+
     def learned(self, state: LengthState, loss: float | None = None) -> LengthState:
         """Return the state after one more update.
 

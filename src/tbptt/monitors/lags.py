@@ -16,13 +16,14 @@ from torch import nn
 
 from tbptt.curve import dense, lag_grid, needed_lookback
 from tbptt.errors import ConfigError, EndOfStream
+from tbptt.estimators.carry import unit_of
 from tbptt.estimators.probe import SPREAD, run_chain, spread
 from tbptt.estimators.segments import lane_norms, walk_back
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was
 from tbptt.monitors.base import Monitor, Plan, Update
 from tbptt.monitors.lines import Lines, check_every, json_number
-from tbptt.pathways import segment_steps
+from tbptt.pathways import in_segments
 from tbptt.streams.base import Stream
 from tbptt.window import Window
 
@@ -83,13 +84,7 @@ class LagCurves(Monitor):
                 "no lag to measure at",
                 fix="LagCurves(..., max_lag=128)",
             )
-        self._unit = segment_steps(model)
-        if longest % self._unit:
-            raise ConfigError(
-                f"a max_lag in multiples of the model's segments of {self._unit} steps was expected, but {longest} "
-                "came: it can be cut at their ends only",
-                fix=f"max_lag={-(-longest // self._unit) * self._unit}",
-            )
+        self._unit = unit_of(model, max_lag=longest)
         self.path = Path(path)
         self.every = check_every(every, "LagCurves(..., every=1000)")
         self.max_lag = longest
@@ -177,7 +172,7 @@ class LagCurves(Monitor):
         dims = find_lane_dims(self.model, window.inputs)
         mask = torch.zeros_like(window.mask)
         mask[last] = valid[last]
-        piece = replace(window, mask=mask)[: -(-(last + 1) // self._unit) * self._unit]
+        piece = replace(window, mask=mask)[: in_segments(last + 1, self._unit)]
         norms: list[float] = []
         with fork_random(mask.device), left_as_it_was(self.model), torch.enable_grad():
             cuts = [piece.steps - lag for lag in lags]
