@@ -54,10 +54,13 @@ class StepLoss:
     Args:
         losses: outputs, targets -> losses by step, shape (T, B).
         ignored: a target value that does not count (`ignore_index` of torch's losses), or None.
+        module: the loss as it was given, where it is a module: it is moved, saved and put into eval mode with the
+            model, and its parameters are trained. None for a function.
     """
 
     losses: Callable[[Tree, Tree], Tensor]
     ignored: int | None = None
+    module: nn.Module | None = None
 
     @staticmethod
     def of(loss: Loss) -> StepLoss:
@@ -82,7 +85,7 @@ class StepLoss:
                     f"a loss(outputs, targets) was expected, but a {type(loss).__name__} came",
                     fix="loss=torch.nn.CrossEntropyLoss()",
                 )
-            return StepLoss(loss)
+            return StepLoss(loss, module=loss if isinstance(loss, nn.Module) else None)
         if not isinstance(loss, _BY_CLASS + _BY_ELEMENT):
             known = ", ".join(kind.__name__ for kind in _BY_CLASS + _BY_ELEMENT)
             raise CapabilityError(
@@ -98,8 +101,16 @@ class StepLoss:
             )
         if isinstance(loss, _BY_CLASS):
             by_class = _ClassLoss(_reduced(loss, "none"), _reduced(loss, "sum"))
-            return StepLoss(by_class, cast("int | None", getattr(loss, "ignore_index", None)))
-        return StepLoss(_ElementLoss(_reduced(loss, "none"), _reduced(loss, "sum")))
+            return StepLoss(by_class, cast("int | None", getattr(loss, "ignore_index", None)), loss)
+        return StepLoss(_ElementLoss(_reduced(loss, "none"), _reduced(loss, "sum")), module=loss)
+
+    def own_parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the loss's parameters that require a gradient and are not the model's, by name."""
+        if self.module is None:
+            return {}
+        models = {id(each) for each in model.parameters()}
+        named = self.module.named_parameters()
+        return {name: each for name, each in named if each.requires_grad and id(each) not in models}
 
     def valid(self, window: Window) -> tuple[Tensor, int]:
         """Return which targets count, shape (T, B), and how many they are."""

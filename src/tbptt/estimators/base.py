@@ -13,13 +13,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from tbptt.errors import ConfigError
 from tbptt.loss import Loss
 from tbptt.model import named_parameters
 from tbptt.rereading import Readable
 from tbptt.tree import Tree
 from tbptt.window import Window
 
-__all__ = ["Carry", "Estimate", "Estimator"]
+__all__ = ["LOSS_PREFIX", "Carry", "Estimate", "Estimator"]
+
+LOSS_PREFIX = "loss:"
+"""What the names of the loss's own parameters begin with in `Estimate.all_gradients`; no parameter's name does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +35,9 @@ class Estimate:
         loss: sum / count of the window's reported losses, 0-dim; NaN when it had no target.
         loss_sum: the sum of the reported losses, 0-dim.
         num_terms: the number of reported losses.
-        gradients: of sum / count over the *injected* losses, keyed as `model.named_parameters()`; zeros for
-            a parameter that no injected loss depends on. Owned by the estimate. Where the count is random, of sum /
-            `denominator`.
+        gradients: of sum / count over the *injected* losses, keyed as `model.named_parameters()`. A parameter that no
+            injected loss depends on has no key, as torch leaves its `.grad` at None. Owned by the estimate. Where the
+            count is random, of sum / `denominator`.
         lookback: the number of steps the newest injected loss was back-propagated through.
         boundary_norms: norm of the gradient with respect to the state at each boundary crossed, newest
             first. Shape (K,).
@@ -42,7 +46,10 @@ class Estimate:
         rate_factor: what the learning rate of this one update is to be multiplied by; see `tbptt.scaled_rate`. 1 but
             for lengths that change and say so.
         denominator: what the gradients of the summed losses were divided by; None: `num_injected`. Another one where
-            that number is random and hangs together with the sum, as the mean of such ratios is not the ratio of means.
+            that number is random and hangs together with the sum, as the mean of such ratios is not the ratio of means;
+            or where the loss weighs its targets, by class: the sum of the weights of those that count.
+        loss_gradients: likewise for the parameters of a loss that is a module, keyed as `loss.named_parameters()`;
+            those that belong to the model as well are the model's, and stand among `gradients`.
     """
 
     outputs: Tree | None
@@ -56,17 +63,41 @@ class Estimate:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     rate_factor: float = 1.0
     denominator: float | None = None
+    loss_gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def all_gradients(self) -> dict[str, Tensor]:
+        """Those of the model and of the loss together, the loss's under "loss:" and their names; for guards."""
+        return self.gradients | {f"{LOSS_PREFIX}{name}": each for name, each in self.loss_gradients.items()}
 
     @property
     def weight(self) -> float:
         """What the gradients are multiplied by to be those of the summed losses."""
         return float(self.num_injected) if self.denominator is None else self.denominator
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, loss: object = None) -> None:
         """Write the gradients to the parameters' `.grad`, replacing whatever stood there.
 
-        With no loss injected every `.grad` becomes None, so that `optimizer.step()` changes nothing.
+        A parameter without a gradient gets None, so that `optimizer.step()` leaves it alone, weight decay included;
+        with no loss injected that is every one of them.
+
+        Args:
+            model: that was trained.
+            loss: likewise, where it has parameters of its own.
+
+        Raises:
+            ConfigError: there are gradients of the loss's parameters, but no loss is given.
         """
+        if self.loss_gradients and not isinstance(loss, nn.Module):
+            came = "none" if loss is None else f"a {type(loss).__name__}"
+            raise ConfigError(
+                f"the loss was expected as well, since it has parameters that are trained "
+                f"({', '.join(self.loss_gradients)}), but {came} came: they would never change",
+                fix="estimate.apply(model, loss)",
+            )
+        if isinstance(loss, nn.Module):  # first: what belongs to the model as well is the model's
+            for name, parameter in named_parameters(loss).items():
+                parameter.grad = self.loss_gradients.get(name) if self.num_injected else None
         for name, parameter in named_parameters(model).items():
             parameter.grad = self.gradients.get(name) if self.num_injected else None
 
@@ -74,11 +105,18 @@ class Estimate:
         """Return the 2-norm of all gradients together, 0-dim."""
         if "gradient_norm" in self.metrics:  # measured by a guard, before it clipped
             return torch.tensor(self.metrics["gradient_norm"], dtype=torch.float64)
-        return torch.nn.utils.get_total_norm(self.gradients.values())
+        return torch.nn.utils.get_total_norm(self.all_gradients.values())
 
     def with_gradients(self, gradients: dict[str, Tensor], **metrics: float) -> Estimate:
-        """Return the estimate with other gradients and more metrics, as a guard does."""
-        return replace(self, gradients=gradients, metrics=self.metrics | metrics)
+        """Return the estimate with other gradients and more metrics, as a guard does.
+
+        Args:
+            gradients: of the model and of the loss, named as in `all_gradients`.
+            metrics: added to those that are there.
+        """
+        own = {name: each for name, each in gradients.items() if not name.startswith(LOSS_PREFIX)}
+        of_loss = {name.removeprefix(LOSS_PREFIX): each for name, each in gradients.items() if name not in own}
+        return replace(self, gradients=own, loss_gradients=of_loss, metrics=self.metrics | metrics)
 
 
 class Carry(Protocol):

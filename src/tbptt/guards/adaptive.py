@@ -69,7 +69,7 @@ class AdaptiveClip(Guard):
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with the gradients of some units scaled."""
-        gradients = estimate.gradients
+        gradients = estimate.all_gradients
         if not estimate.num_injected or not gradients:
             return estimate
         weights = self._weights(gradients)

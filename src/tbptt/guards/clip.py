@@ -47,9 +47,9 @@ class ClipNorm(Guard):
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its gradients scaled."""
-        if not estimate.num_injected or not estimate.gradients:
+        if not estimate.num_injected or not estimate.all_gradients:
             return estimate
-        return scaled_to(estimate, total_norm(estimate.gradients), self.max_norm)
+        return scaled_to(estimate, total_norm(estimate.all_gradients), self.max_norm)
 
 
 class ClipValue(Guard):
@@ -82,7 +82,7 @@ class ClipValue(Guard):
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its gradients clamped."""
-        gradients = estimate.gradients
+        gradients = estimate.all_gradients
         if not estimate.num_injected or not gradients:
             return estimate
         norm = total_norm(gradients)

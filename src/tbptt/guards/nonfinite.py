@@ -60,7 +60,7 @@ class NonFinite(Guard):
 
     def __call__(self, estimate: Estimate) -> Estimate | None:
         """Return the estimate if it is finite; None to leave the update out."""
-        gradients = estimate.gradients
+        gradients = estimate.all_gradients
         if not estimate.num_injected or not gradients:
             return estimate
         # One number tells for all: the norm is finite only if every element is.
@@ -78,7 +78,7 @@ class NonFinite(Guard):
 
     def _error(self, estimate: Estimate, faulty: list[str]) -> NonFiniteError:
         shown = ", ".join(map(repr, faulty[:_SHOWN])) + (", ..." if len(faulty) > _SHOWN else "")
-        came = f"{len(faulty)} of {len(estimate.gradients)} parameters have NaN or infinity in theirs: {shown}"
+        came = f"{len(faulty)} of {len(estimate.all_gradients)} parameters have NaN or infinity in theirs: {shown}"
         if bool(torch.isfinite(estimate.loss)):
             where = f"the loss itself is finite ({estimate.loss.item():.6g}), so it arose on the way back"
         else:

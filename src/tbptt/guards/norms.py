@@ -104,7 +104,7 @@ def scaled_to(estimate: Estimate, norm: Tensor, most: float) -> Estimate:
     The metric `clip_scale` is the product over all guards that scale so.
     """
     factor = (most / (norm + _EPSILON)).clamp(max=1.0)
-    scale, gradients = factor.item(), estimate.gradients
+    scale, gradients = factor.item(), estimate.all_gradients
     metrics = with_norm(estimate, norm, clip_scale=estimate.metrics.get("clip_scale", 1.0) * scale)
     if scale == 1.0:
         return estimate.with_gradients(gradients, **metrics)

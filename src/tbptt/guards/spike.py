@@ -120,7 +120,7 @@ class SpikeRollback(Guard):
     def __call__(self, estimate: Estimate) -> Estimate | RollBack:
         """Return the estimate with its norm measured, or the verdict to go back."""
         start, self._start = self._start, "usual"
-        if not estimate.num_injected or not estimate.gradients:
+        if not estimate.num_injected or not estimate.all_gradients:
             return estimate
         norm = _norm(estimate)
         seen = [(self._losses, estimate.loss.item())] if estimate.num_terms else []
@@ -132,7 +132,7 @@ class SpikeRollback(Guard):
             series.remember(value, start)
         self._since += 1
         known = "gradient_norm" in estimate.metrics
-        return estimate if known else estimate.with_gradients(estimate.gradients, gradient_norm=norm)
+        return estimate if known else estimate.with_gradients(estimate.all_gradients, gradient_norm=norm)
 
     def _roll_back(self, reason: str) -> RollBack:
         soon = self._plan.every * self._plan.keep
@@ -249,7 +249,7 @@ def _norm(estimate: Estimate) -> float:
     if math.isfinite(norm):
         return norm
     try:
-        return total_norm(estimate.gradients).item()  # in float64, if only the sum of squares has overflowed
+        return total_norm(estimate.all_gradients).item()  # in float64, if only the sum of squares has overflowed
     except NonFiniteError:
         return norm
 

@@ -92,9 +92,9 @@ class ZClip(Guard):
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its gradients scaled."""
-        if not estimate.num_injected or not estimate.gradients:
+        if not estimate.num_injected or not estimate.all_gradients:
             return estimate
-        measured = total_norm(estimate.gradients)
+        measured = total_norm(estimate.all_gradients)
         norm = measured.item()  # finite, or it would have been refused
         most = math.inf if self.max_norm is None else self.max_norm
         if len(self._norms) < self.warm_up:
