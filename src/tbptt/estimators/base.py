@@ -68,6 +68,8 @@ class Estimate:
     @property
     def all_gradients(self) -> dict[str, Tensor]:
         """Those of the model and of the loss together, the loss's under "loss:" and their names; for guards."""
+        if not self.loss_gradients:
+            return self.gradients
         return self.gradients | {f"{LOSS_PREFIX}{name}": each for name, each in self.loss_gradients.items()}
 
     @property
@@ -114,6 +116,8 @@ class Estimate:
             gradients: of the model and of the loss, named as in `all_gradients`.
             metrics: added to those that are there.
         """
+        if not self.loss_gradients:
+            return replace(self, gradients=gradients, metrics=self.metrics | metrics)
         own = {name: each for name, each in gradients.items() if not name.startswith(LOSS_PREFIX)}
         of_loss = {name.removeprefix(LOSS_PREFIX): each for name, each in gradients.items() if name not in own}
         return replace(self, gradients=own, loss_gradients=of_loss, metrics=self.metrics | metrics)
