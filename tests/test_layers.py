@@ -21,7 +21,7 @@ ROOT = Path(tbptt.__file__).parent
 LAYERS = [
     {"errors"},
     {"opaque"},
-    {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost"},
+    {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost", "wrappers"},
     {"window", "model", "length", "data", "recurrence", "pathways"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
