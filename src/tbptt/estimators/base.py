@@ -40,7 +40,7 @@ class Estimate:
             count is random, of sum / `denominator`.
         lookback: the number of steps the newest injected loss was back-propagated through.
         boundary_norms: norm of the gradient with respect to the state at each boundary crossed, newest
-            first. Shape (K,).
+            first. Shape (K,). Which boundaries these are each estimator says.
         num_injected: the number of losses injected; with none there is nothing to learn from this window.
         metrics: whatever else the estimator or a guard has measured.
         rate_factor: what the learning rate of this one update is to be multiplied by; see `tbptt.scaled_rate`. 1 but
@@ -50,6 +50,8 @@ class Estimate:
             or where the loss weighs its targets, by class: the sum of the weights of those that count.
         loss_gradients: likewise for the parameters of a loss that is a module, keyed as `loss.named_parameters()`;
             those that belong to the model as well are the model's, and stand among `gradients`.
+        boundary_lags: how many steps before the end of the window each of `boundary_norms` was measured; empty where an
+            estimator does not say.
     """
 
     outputs: Tree | None
@@ -64,6 +66,7 @@ class Estimate:
     rate_factor: float = 1.0
     denominator: float | None = None
     loss_gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    boundary_lags: tuple[int, ...] = ()
 
     @property
     def all_gradients(self) -> dict[str, Tensor]:

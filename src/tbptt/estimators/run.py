@@ -5,7 +5,7 @@ Letters: T time, B lanes, K boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -103,6 +103,7 @@ class Run:
         parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
+        counts: Callable[[int], bool] = lambda index: True,
     ) -> Pulled:
         """Return the gradient of sum / count over the losses in a chain.
 
@@ -112,12 +113,15 @@ class Run:
             denominator: what the sum is divided by instead; None: by the count.
             parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
-            boundary: what becomes of the gradient at each boundary.
+            boundary: what becomes of the gradient at each boundary that counts.
+            counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.names), [])
         weights = [self.parameters] * len(chain) if parameters is None else parameters
-        return pull_back(chain, weights, self.weight(denominator or injected), keep=keep, boundary=boundary)
+        return pull_back(
+            chain, weights, self.weight(denominator or injected), keep=keep, boundary=boundary, counts=counts
+        )
 
     def estimate(
         self,
@@ -127,6 +131,7 @@ class Run:
         *,
         denominator: float | None = None,
         metrics: Mapping[str, float] | None = None,
+        boundary_lags: tuple[int, ...] = (),
     ) -> Estimate:
         """Return what came out of all that was run; see `Estimate`."""
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
@@ -139,6 +144,7 @@ class Run:
             gradients=own(self.names, self.parameters, pulled.gradients),
             lookback=lookback,
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
+            boundary_lags=boundary_lags if norms else (),
             num_injected=injected,
             denominator=denominator,
             metrics=dict(metrics or {}),

@@ -5,8 +5,9 @@ Letters: T time, B lanes, L steps of a window.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Integral
 from typing import ClassVar, Literal
 
@@ -28,6 +29,10 @@ from tbptt.tree import detach
 from tbptt.window import Window
 
 __all__ = ["TBPTT"]
+
+_BOUNDARIES = 8
+"""Up to so many boundaries their norms are told; of more, at the 1st, 2nd, 4th, 8th, ... and the last: a look-back that
+nobody clips need not be run in as many pieces as it has windows, each of which costs a call of the model."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class TBPTT(Estimator):
             "retain": their graphs are kept, with the weights that they were run with; a short window may need
             a graph cut where it was not, and then runs those steps once more. Not with lengths that change.
         keep_outputs: whether estimates hold the window's outputs.
-        boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1):
-            `ClipBoundary(max_norm)` clips it there; None: it goes on as it is.
+        boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1), k1, 2 k1, ...
+            steps back: `ClipBoundary(max_norm)` clips it there, and the look-back is run in as many pieces; None: it
+            goes on as it is. `Estimate.boundary_norms` are those at the same boundaries; of more than 8 they are told
+            at the 1st, 2nd, 4th, 8th, ... and the last.
 
     Raises:
         ConfigError: a length that is neither a whole number from 1 nor a `Length`, an unknown choice, or
@@ -200,7 +207,7 @@ class _Regimes:
             state, lookback = detach(segment.end), max(lookback, end - begin)
         assert total is not None
         past = self._past([Stretch(self.window.without_targets(), self.carry.state)], 0)
-        return run.estimate(total, injected, lookback), replace(self.carry, state=state, past=past)
+        return run.estimate(total, injected, lookback), self._after(replace(self.carry, state=state, past=past))
 
     def recompute(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the steps before the window are run again from the state k2 steps back."""
@@ -210,11 +217,15 @@ class _Regimes:
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + self.window.steps
         mark = max(0, steps + missing + self.k1 - self.k2)  # where the next look-back begins, if its window is full
-        chain, stretches = run.look_back(past, self.window, [mark])
+        boundaries = self.carry.boundaries(news)
+        told = _told(boundaries)
+        seen = told if self.setting.boundary is None else boundaries  # to clip, every one of them
+        chain, stretches = run.look_back(past, self.window, [mark, *seen])
         injected = run.num_terms
-        pulled = run.pull(chain, injected, boundary=self.boundary)
+        pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
-        return run.estimate(pulled, injected, steps), carry
+        lags = tuple(steps - each for each in told)
+        return run.estimate(_telling(pulled, seen, told), injected, steps, boundary_lags=lags), self._after(carry)
 
     def retain(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the graphs of the steps before the window are still there."""
@@ -242,10 +253,14 @@ class _Regimes:
         live = [segment.live for segment in chain if segment.live is not None]
         injected = run.num_terms
         parameters = [[segment.weights[name] for name in run.names] for segment in chain]
-        pulled = run.pull(live, injected, parameters=parameters, keep=True, boundary=self.boundary)
         lookback = sum(segment.steps for segment in chain)
+        seen = self.carry.boundaries(lookback - steps)
+        counts = _beginning_at(chain, seen)
+        pulled = run.pull(live, injected, parameters=parameters, keep=True, boundary=self.boundary, counts=counts)
         carry = replace(self.carry, state=state, retained=kept_for(chain, k1, k2))
-        return run.estimate(pulled, injected, lookback), carry
+        told = _told(seen)
+        lags = tuple(lookback - each for each in told)
+        return run.estimate(_telling(pulled, seen, told), injected, lookback, boundary_lags=lags), self._after(carry)
 
     def _pieces(self) -> list[tuple[int, int, bool]]:
         steps, k2 = self.window.steps, self.k2
@@ -256,7 +271,36 @@ class _Regimes:
             return [(0, begin, False), (begin, steps, True)]
         return [(begin, min(begin + k2, steps), True) for begin in range(0, steps, k2)]
 
+    def _after(self, carry: ChainCarry) -> ChainCarry:
+        """Return the carry with this window among those whose boundaries are known."""
+        keep = self.setting.lengths.remembered
+        windows = carry.windows_with(self.window.steps, keep) if keep else ()
+        return replace(carry, windows=windows)
+
     def _past(self, news: list[Stretch], replaced: int) -> History:
         """Return what is remembered for the next look-back: these stretches, and older ones if they may be needed."""
         keep = self.setting.lengths.remembered
         return self.carry.past.followed_by(news, replaced, keep) if keep else self.carry.past
+
+
+def _told(boundaries: Sequence[int]) -> list[int]:
+    """Return the boundaries whose norms are told, newest first."""
+    num = len(boundaries)
+    if num <= _BOUNDARIES:
+        return list(boundaries)
+    numbers = {2**power for power in range(num.bit_length())} | {num}
+    return [each for number, each in enumerate(boundaries, 1) if number in numbers]
+
+
+def _telling(pulled: Pulled, seen: Sequence[int], told: Sequence[int]) -> Pulled:
+    """Return what came out of a chain with the norms at some of the boundaries that were seen, newest first."""
+    if len(pulled.boundary_norms) != len(seen):  # with no loss injected nothing was sent back
+        return pulled
+    norms = [norm for norm, each in zip(pulled.boundary_norms, seen, strict=True) if each in told]
+    return Pulled(pulled.gradients, norms)
+
+
+def _beginning_at(chain: Sequence[Segment | RetainedSegment], steps: Collection[int]) -> Callable[[int], bool]:
+    """Return whether a segment of a look-back, by its place, begins at one of these steps."""
+    begins = [0, *accumulate(segment.steps for segment in chain)]
+    return lambda index: begins[index] in steps
