@@ -37,7 +37,8 @@ class ChainCarry:
         windows: the lengths of the last windows, newest first, as far as a look-back may go: where the boundaries are.
         retained: the segments whose graphs the next look-back may use, oldest first.
         lengths: how far the policies of k1 and k2 have come.
-        draws: made so far by an estimator that draws; with its seed, they say what is drawn next.
+        draws: made so far by an estimator that draws; with its seed, they say what is drawn next. Of `TBPTT`:
+            updates made.
         running: running means that it draws by; None for one of nothing yet.
         unit: steps of a segment, where the model is cut into segments: all cuts are multiples of it. Else 1.
     """

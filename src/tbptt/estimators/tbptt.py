@@ -31,8 +31,11 @@ from tbptt.window import Window
 __all__ = ["TBPTT"]
 
 _BOUNDARIES = 8
-"""Up to so many boundaries their norms are told; of more, at the 1st, 2nd, 4th, 8th, ... and the last: a look-back that
-nobody clips need not be run in as many pieces as it has windows, each of which costs a call of the model."""
+"""Up to so many boundaries their norms are told; of more, at the 1st, 2nd, 4th, 8th, ... and the last."""
+_EVERY = 10
+"""A look-back that is run again, and that nobody clips, is cut at all of these at every so many-th update only: each
+cut costs a call of the model, which made an update of TBPTT(8, 64) 1.6 times as long. At the others it tells the norms
+where it is cut anyway: at the newest boundary, and at the oldest where k2 is a multiple of k1."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ class TBPTT(Estimator):
         keep_outputs: whether estimates hold the window's outputs.
         boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1), k1, 2 k1, ...
             steps back: `ClipBoundary(max_norm)` clips it there, and the look-back is run in as many pieces; None: it
-            goes on as it is. `Estimate.boundary_norms` are those at the same boundaries; of more than 8 they are told
-            at the 1st, 2nd, 4th, 8th, ... and the last.
+            goes on as it is. `Estimate.boundary_norms` are those at the same boundaries, of more than 8 at the 1st,
+            2nd, 4th, 8th, ... and the last; `boundary_lags` says where. With "recompute" and without clipping they are
+            told so at every 10th update; at the others at the newest boundary, and the oldest if k2 is a multiple of
+            k1.
 
     Raises:
         ConfigError: a length that is neither a whole number from 1 nor a `Length`, an unknown choice, or
@@ -219,7 +224,12 @@ class _Regimes:
         mark = max(0, steps + missing + self.k1 - self.k2)  # where the next look-back begins, if its window is full
         boundaries = self.carry.boundaries(news)
         told = _told(boundaries)
-        seen = told if self.setting.boundary is None else boundaries  # to clip, every one of them
+        if self.setting.boundary is not None:
+            seen = boundaries  # to clip, every one of them
+        elif (self.carry.draws + 1) % _EVERY == 0:
+            seen = told
+        else:
+            seen = told = [each for each in boundaries if each in (news, mark)]
         chain, stretches = run.look_back(past, self.window, [mark, *seen])
         injected = run.num_terms
         pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
@@ -275,7 +285,7 @@ class _Regimes:
         """Return the carry with this window among those whose boundaries are known."""
         keep = self.setting.lengths.remembered
         windows = carry.windows_with(self.window.steps, keep) if keep else ()
-        return replace(carry, windows=windows)
+        return replace(carry, windows=windows, draws=carry.draws + 1)
 
     def _past(self, news: list[Stretch], replaced: int) -> History:
         """Return what is remembered for the next look-back: these stretches, and older ones if they may be needed."""
