@@ -28,7 +28,7 @@ LAYERS = [
     {"unroll"},
     {"streams", "estimators", "models"},
     {"guards", "monitors", "metrics"},
-    {"checks", "checkpoint", "evaluate", "snapshots"},
+    {"checks", "checkpoint", "evaluate", "first_states", "snapshots"},
     {"update"},
     {"trainer", "comparison", "horizon", "online"},
     {"report", "integrations"},

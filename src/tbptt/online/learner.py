@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 
 from tbptt.checkpoint import Checkpoints, refuse_other, weights_of
 from tbptt.checks import CheckReport, check
+from tbptt.codec import UnknownClassError
 from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, ConfigError, ShapeError
 from tbptt.estimators import FullBPTT
 from tbptt.estimators.base import Carry, Estimate, Estimator
+from tbptt.first_states import states_of
 from tbptt.guards.base import Guard, RollBack, check_guards, guarded
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.length import scaled_rate
@@ -251,13 +253,23 @@ class Online:
         number = int(newest[0].name.split("-")[1].split(".")[0]) + 1 if newest else 1
         return checkpoints.save(number, self.state_dict(), self.model.state_dict())
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, example: Any = None) -> None:
         """Go on from what was saved last in the directory `path`, as if it had never stopped.
 
+        Args:
+            path: as given to `save`.
+            example: a step like those to come, as for `predict_one`. Only for a model whose state has objects of
+                classes in it: the model is run on it, and the file may hold objects of the classes that are found.
+
         Raises:
-            CheckpointError: there is nothing, nothing sound, or what another learner has saved.
+            CheckpointError: there is nothing, nothing sound, or what another learner has saved; or objects of classes
+                that this learner does not have.
         """
-        loaded = Checkpoints(path).load_latest()
+        try:
+            loaded = Checkpoints(path).load_latest(lambda entry: self._like(entry, example), self._like_model)
+        except UnknownClassError as error:
+            fix = f"online.load(path, example=x), with one step x like those to come; else {error.fix}"
+            raise UnknownClassError(error.message, fix=fix) from None
         if loaded is None:
             raise CheckpointError(
                 f"a saved learner was expected in {path}, but there is none", fix="online.save(path) writes one"
@@ -359,6 +371,21 @@ class Online:
         elif window.resets and not self._pending.reset_first(lanes := window.reset.any(0)):
             self.reset(lanes)
         self._running.restart(self.carry.state)
+
+    def _like(self, entry: str, example: Any = None) -> Any:
+        """Return what an entry of a saved `state_dict` may be made of, see `tbptt.codec`; `example` as for `load`."""
+        if entry == "drift":
+            return self.drift
+        if entry not in ("carry", "pending", "running"):
+            return None
+        own = self.carry.state_dict(), self._pending.state_dict(), self._running.state_dict()
+        if example is None:
+            return own
+        return own, states_of(self.model, Window(self._entry.lift.step("example", example)))
+
+    def _like_model(self, entry: str) -> Any:
+        """Return what an entry of the model's saved `state_dict` may be made of."""
+        return self.model.state_dict().get(entry)
 
     def _about(self) -> dict[str, str]:
         """Return what must be the same to go on from what was saved."""

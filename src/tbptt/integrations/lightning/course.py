@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from tbptt.checks import check_on_stream
 from tbptt.codec import decode, encode
 from tbptt.errors import CheckpointError, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimator
+from tbptt.first_states import first_states
 from tbptt.guards.base import Guard
 from tbptt.integrations.lightning.ranks import any_rank
 from tbptt.integrations.lightning.refusals import refuse_lengths
@@ -78,7 +78,7 @@ class Course:
                 steps = estimator.next_steps(self.carry)
                 check_on_stream(module, self.stream, estimator, steps).raise_if_failed()
         if trainer.ckpt_path is not None:
-            self._restore(trainer, device)
+            self._restore(module)
         self.loaded, self.begun = None, True
 
     def next_window(self) -> Window:
@@ -133,7 +133,19 @@ class Course:
         tensors: dict[str, Tensor] = {}
         return {"state": encode(state, "tbptt", tensors), "tensors": tensors}
 
-    def _restore(self, trainer: Trainer, device: torch.device) -> None:
+    def _like(self, entry: str, module: LightningModule) -> Any:
+        """Return what an entry of a checkpoint may be made of, see `tbptt.codec`."""
+        if entry == "guards":
+            return [guard.state_dict() for guard in self.guards]
+        if entry == "place":
+            return self.place
+        if entry != "carry":
+            return None
+        steps = self.estimator.next_steps(self.carry)
+        return self.carry.state_dict(), first_states(module, self.stream, steps)
+
+    def _restore(self, module: LightningModule) -> None:
+        trainer, device = module.trainer, module.device
         if self.loaded is None:
             raise CheckpointError(
                 f"{trainer.ckpt_path} was expected to hold a carry and a place in the stream, but does not: the run "
@@ -150,7 +162,7 @@ class Course:
                     fix="resume with what the run was started with",
                 )
         mine = self.loaded["ranks"][trainer.global_rank]
-        state = decode(mine["state"], mine["tensors"])
+        state = decode(mine["state"], mine["tensors"], lambda entry: self._like(entry, module), "tbptt")
         self.carry.load_state_dict(to(state["carry"], device))
         self.place = state["place"]
         self.stream.load_state_dict(self.place)
