@@ -146,8 +146,8 @@ def run_chain(
             segment = Segment.run(model, piece, state, dims, track=True)
         if begin >= news:
             piece = window[begin - news : end - news]
-            total, count = loss.total(segment.outputs, piece)
-            segment = segment.injecting(total) if count else segment
+            summed = loss.total(segment.outputs, piece)
+            segment = segment.injecting(summed.total) if summed.counted.num else segment
         state = detach(segment.end)
         chain.append(segment)
     return chain, begins

@@ -23,7 +23,7 @@ from tbptt.estimators.retained import RetainedSegment, kept_for, newest
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Pulled, Segment, add
 from tbptt.length import Length
-from tbptt.loss import Loss, StepLoss
+from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
 from tbptt.tree import detach
 from tbptt.window import Window
@@ -199,7 +199,7 @@ class _Regimes:
     def within(self) -> tuple[Estimate, ChainCarry]:
         """k2 <= k1: the look-back ends inside the window."""
         run, pieces = self.run, self._pieces()
-        injected = sum(run.loss.valid(self.window[begin:end])[1] for begin, end, learn in pieces if learn)
+        injected = sum((run.loss.counted(self.window[a:b]) for a, b, learn in pieces if learn), Counted())
         state, total, lookback = self.carry.state, None, 0
         for begin, end, learn in pieces:
             piece = self.window[begin:end]
@@ -231,7 +231,7 @@ class _Regimes:
         else:
             seen = told = [each for each in boundaries if each in (news, mark)]
         chain, stretches = run.look_back(past, self.window, [mark, *seen])
-        injected = run.num_terms
+        injected = run.counted
         pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
         lags = tuple(steps - each for each in told)
@@ -261,7 +261,7 @@ class _Regimes:
         before = k2 - steps - self.carry.missing(self.window)
         chain = [*newest(run.model, self.carry.retained, self.carry.state, before, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
-        injected = run.num_terms
+        injected = run.counted
         parameters = [[segment.weights[name] for name in run.names] for segment in chain]
         lookback = sum(segment.steps for segment in chain)
         seen = self.carry.boundaries(lookback - steps)
