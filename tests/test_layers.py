@@ -26,7 +26,7 @@ LAYERS = [
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},
-    {"guards", "monitors", "metrics"},
+    {"guards", "monitors", "metrics", "distributed"},
     {"checks", "checkpoint", "evaluate", "snapshots"},
     {"update"},
     {"trainer", "comparison", "horizon", "online"},
