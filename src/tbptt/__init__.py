@@ -3,6 +3,7 @@
 from tbptt import horizon, streams
 from tbptt.adapters import Stateful, stateful
 from tbptt.checks import CheckReport, check
+from tbptt.codec import registered_class
 from tbptt.comparison import Comparison, compare
 from tbptt.errors import TbpttError
 from tbptt.estimators import (
@@ -107,6 +108,7 @@ __all__ = [
     "compare",
     "evaluate",
     "horizon",
+    "registered_class",
     "scaled_rate",
     "scan",
     "stateful",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from tbptt.errors import CapabilityError
-from tbptt.model import initial_state, split_result
+from tbptt.model import check_outputs, initial_state, split_result
 from tbptt.tree import LaneDims, Tree, check_lanes, copy, time_cat, time_slice, where_lanes
 from tbptt.window import Window
 
@@ -35,10 +36,11 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
 
     Raises:
         CapabilityError: a single lane is to be reset and the lane dimensions are not known.
-        ShapeError: the state's lanes have changed.
+        ShapeError: the state's lanes have changed, or an output has no value for each step and lane.
 
     Cost: one call of the model, and a copy of the state, for each stretch between resets.
     """
+    torch.clear_autocast_cache()  # weights may have changed: under autocast around a whole loop it holds old casts
     resets = window.resets
     cuts = sorted({0, *resets, window.steps})
     pieces: list[Tree] = []
@@ -49,6 +51,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
         state = initial_state(model, window.lanes) if state is None else copy(state)
         inputs = time_slice(window.inputs, begin, end) if len(cuts) > 2 else window.inputs
         outputs, state = split_result(model, model(inputs, state))
+        check_outputs(model, outputs, end - begin, window.lanes)
         pieces.append(outputs)
     if dims is not None:
         check_lanes(state, dims, window.lanes)
