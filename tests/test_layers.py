@@ -21,6 +21,7 @@ ROOT = Path(tbptt.__file__).parent
 LAYERS = [
     {"errors"},
     {"opaque"},
+    {"copies"},
     {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost"},
     {"window", "model", "length", "data", "recurrence", "pathways"},
     {"loss", "adapters", "rereading"},

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tbptt.errors import ConfigError
-from tbptt.loss import Loss, StepLoss
+from tbptt.loss import Counted, Loss, StepLoss, added
 from tbptt.metrics import Metric
 from tbptt.model import find_lane_dims, fork_random
 from tbptt.pathways import segment_steps
@@ -36,7 +36,8 @@ def evaluate(
             steps or fewer, but one segment at least.
 
     Returns:
-        "loss", sum / count over all valid targets; "targets", their number; and the metrics.
+        "loss", the mean over all valid targets, by class weights where the loss has some; "targets", their number;
+        "loss/NAME", for each term of a loss that returns a dict of them, which add up to "loss"; and the metrics.
 
     Raises:
         ConfigError: the stream has no valid target.
@@ -45,7 +46,8 @@ def evaluate(
     """
     step_loss, metrics = StepLoss.of(loss), metrics or {}
     device = next(model.parameters()).device
-    state, dims, looked, total, count = None, None, False, 0.0, 0
+    state, dims, looked, counted = None, None, False, Counted()
+    sums: dict[str, float] = {}
     for each in metrics.values():
         each.start()
     segment = segment_steps(model)
@@ -60,15 +62,18 @@ def evaluate(
                 window = window.to(device)
                 dims, looked = dims if looked else find_lane_dims(model, window.inputs), True
                 outputs, state = unroll(model, window, state, dims)
-                losses, valid = step_loss.by_step(outputs, window)
-                counted = losses[valid]
-                total += float(counted.double().sum())
-                count += counted.numel()
+                terms, valid = step_loss.terms_by_step(outputs, window)
+                counted += step_loss.counted(window)
+                for name, each in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(each[valid].double().sum())
+                losses = added(terms)[valid]
                 for each in metrics.values():
-                    each.see(outputs, counted, window)
+                    each.see(outputs, losses, window)
     finally:
         model.train(training)
         stream.load_state_dict(start)
-    if not count:
+    if not counted:
         raise ConfigError("the held-out stream has no target that counts, so there is nothing to measure")
-    return {"loss": total / count, "targets": float(count)} | {name: each.result() for name, each in metrics.items()}
+    found = {"loss": sum(sums.values()) / counted.weight, "targets": float(counted.num)}
+    found |= {f"loss/{name}": each / counted.weight for name, each in sums.items() if name}
+    return found | {name: each.result() for name, each in metrics.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ShapeError
 from tbptt.opaque import CONSTANTS
-from tbptt.tree import LaneDims, Tree, detach, tensors, time_slice, tree_map
+from tbptt.tree import LaneDims, Tree, detach, leaf_names, tensors, time_slice, tree_map
 
 __all__ = ["HasInitialState", "Scan", "scan"]
 
@@ -109,6 +109,27 @@ def split_result(model: object, result: Any) -> tuple[Tree, Tree]:
         "without its state there is nothing to carry from window to window",
         fix="def forward(self, inputs, state=None): ...; return outputs, state; or tbptt.stateful(model, ...); "
         "tbptt.integrations has ready-made adapters, as for transformers",
+    )
+
+
+def check_outputs(model: nn.Module, outputs: Tree, steps: int, lanes: int) -> None:
+    """Refuse outputs without a value for each step and lane.
+
+    Raises:
+        ShapeError: a tensor of them is not of shape (T, B, ...).
+    """
+    leaves = tensors(outputs)
+    if all(leaf.shape[:2] == (steps, lanes) for leaf in leaves):
+        return
+    index = next(index for index, leaf in enumerate(leaves) if leaf.shape[:2] != (steps, lanes))
+    shape = tuple(leaves[index].shape)
+    whose = "" if isinstance(outputs, Tensor) else f" {leaf_names(outputs)[index]}"
+    raise ShapeError(
+        f"{type(model).__name__} was expected to return outputs of shape (T, B, ...) = ({steps}, {lanes}) + (...), but "
+        f"the output{whose} has shape {shape}: without a value for each step and lane it can neither be cut at a reset "
+        "nor weighed by the targets that count",
+        fix="leave out the mean over steps and lanes: return the auxiliary loss with shape (T, B), and the state as "
+        "the second of the pair",
     )
 
 

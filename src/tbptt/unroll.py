@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import nn
 
 from tbptt.errors import CapabilityError
-from tbptt.model import initial_state, split_result
+from tbptt.model import check_outputs, initial_state, split_result
 from tbptt.tree import LaneDims, Tree, check_lanes, copy, time_cat, time_slice, where_lanes
 from tbptt.window import Window
 
@@ -35,7 +35,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
 
     Raises:
         CapabilityError: a single lane is to be reset and the lane dimensions are not known.
-        ShapeError: the state's lanes have changed.
+        ShapeError: the state's lanes have changed, or an output has no value for each step and lane.
 
     Cost: one call of the model, and a copy of the state, for each stretch between resets.
     """
@@ -49,6 +49,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
         state = initial_state(model, window.lanes) if state is None else copy(state)
         inputs = time_slice(window.inputs, begin, end) if len(cuts) > 2 else window.inputs
         outputs, state = split_result(model, model(inputs, state))
+        check_outputs(model, outputs, end - begin, window.lanes)
         pieces.append(outputs)
     if dims is not None:
         check_lanes(state, dims, window.lanes)

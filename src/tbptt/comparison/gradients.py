@@ -84,12 +84,12 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
         segment = Segment.run(model, window[begin:end], state, dims, track=state is not None)
         state = detach(segment.end)
         if begin >= sizes.burn_in:
-            total, count = loss.total(segment.outputs, window[begin:end])
-            if count:
+            total, counted, _ = loss.total(segment.outputs, window[begin:end])
+            if counted:
                 whole = [*chain, segment.injecting(total)]
                 reach = min(reach, sum(each.steps for each in chain))
                 pulled = pull_back(
-                    whole, [list(parameters.values())] * len(whole), total.new_ones(()) / count, keep=True
+                    whole, [list(parameters.values())] * len(whole), total.new_ones(()) / counted.weight, keep=True
                 )
                 gradients = own(list(parameters), list(parameters.values()), pulled.gradients)
                 found[(begin - sizes.burn_in) // sizes.span] = flat(gradients, parameters)
@@ -151,17 +151,17 @@ def _one_draw(
     found: list[Tensor] = []
     lookbacks: list[int] = []
     for number, (begin, end) in enumerate([(0, excerpt.sizes.burn_in), *spans], -1):
-        total, injected, at = torch.zeros_like(reference.gradients[0], dtype=torch.float64), 0, begin
+        total, injected, at = torch.zeros_like(reference.gradients[0], dtype=torch.float64), 0.0, begin
         while at < end:
             steps = min(estimator.next_steps(carry), end - at)
             estimate, carry = estimator.estimate(model, loss, carry, excerpt.window[at : at + steps])
             at += steps
             if number >= 0 and estimate.num_injected:
                 total += flat(estimate.gradients, parameters).double() * estimate.weight
-                injected += estimate.num_injected
+                injected += estimate.weight
                 lookbacks.append(estimate.lookback)
         if number in reference.points:  # without any loss injected nothing is learned: a gradient of zero
-            found.append((total / max(1, injected)).to(reference.gradients.dtype))
+            found.append((total / injected if injected else total).to(reference.gradients.dtype))
     return torch.stack(found), fmean(lookbacks) if lookbacks else 0.0
 
 

@@ -85,7 +85,7 @@ class Runner:
         self.updates = self.steps = 0
         self.clock = 0.0
         self.fault = ""
-        self._sum, self._count = 0.0, 0  # of the losses since the last record
+        self._sum, self._weight = 0.0, 0.0  # of the losses since the last record
         self._recorded = self._validated = 0
         self._place, self._random = stream.state_dict(), random_state()
 
@@ -108,7 +108,7 @@ class Runner:
 
     def close(self) -> None:
         """End the curve where it is: losses since the last record make one more point."""
-        if self._count and not self.fault:
+        if self._weight and not self.fault:
             self._record()
 
     def _update(self) -> Estimate | None:
@@ -151,9 +151,9 @@ class Runner:
             self.fault = f"diverged: its loss was {loss} at update {self.updates}"
             return
         self._sum += loss
-        self._count += 0 if estimate is None else estimate.num_terms
+        self._weight += 0.0 if estimate is None else estimate.loss_weight
         done = self.setting.done(self.updates, self.clock)
-        if self._count and (done >= 1 or int(done * _RECORDS) > self._recorded):
+        if self._weight and (done >= 1 or int(done * _RECORDS) > self._recorded):
             self._recorded = int(done * _RECORDS)
             self._record()
         if self.setting.held_out is not None and (done >= 1 or int(done * _VALIDATIONS) > self._validated):
@@ -164,8 +164,8 @@ class Runner:
         self.curve.updates.append(self.updates)
         self.curve.steps.append(self.steps)
         self.curve.seconds.append(self.clock)
-        self.curve.train_loss.append(self._sum / self._count)
-        self._sum, self._count = 0.0, 0
+        self.curve.train_loss.append(self._sum / self._weight)
+        self._sum, self._weight = 0.0, 0.0
 
     def _validate(self, held_out: Stream) -> None:
         found = evaluate(self.model, self.loss, held_out, self.setting.metrics)

@@ -5,7 +5,8 @@ Letters: T time, B lanes, K boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from tbptt.estimators.base import Estimate
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, own, pass_on, pull_back
-from tbptt.loss import StepLoss
+from tbptt.loss import Counted, StepLoss, Summed
 from tbptt.model import trainable_parameters
 from tbptt.tree import Tree, detach, time_cat
 from tbptt.unroll import unroll
@@ -34,7 +35,8 @@ class Run:
         parameters: these.
         outputs: of the window's pieces, detached; empty unless they are to be kept.
         sums: of the pieces' losses, 0-dim each.
-        num_terms: how many losses are in them.
+        counted: the targets in them.
+        terms: the same sums of each term by name, where the loss returns a dict of them.
     """
 
     def __init__(self, model: nn.Module, loss: StepLoss, carry: ChainCarry, *, keep_outputs: bool) -> None:
@@ -42,20 +44,21 @@ class Run:
         self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.num_terms = 0
+        self.counted = Counted()
+        self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
         """Run steps whose losses are reported and not learned from; return the state after them."""
         with torch.no_grad():
             outputs, state = unroll(self.model, piece, state, self.carry.dims)
-            self._count(outputs, *self.loss.total(outputs, piece))
+            self._count(outputs, self.loss.total(outputs, piece))
         return state
 
     def inject(self, segment: Segment, piece: Window) -> Segment:
         """Return a segment with the losses of its steps, which are counted."""
-        loss_sum, count = self.loss.total(segment.outputs, piece)
-        self._count(segment.outputs, loss_sum, count)
-        return segment.injecting(loss_sum) if count else segment
+        summed = self.loss.total(segment.outputs, piece)
+        self._count(segment.outputs, summed)
+        return segment.injecting(summed.total) if summed.counted.num else segment
 
     def look_back(
         self, past: Stretch | None, window: Window, cuts: Iterable[int]
@@ -97,55 +100,66 @@ class Run:
     def pull(
         self,
         chain: Chain,
-        injected: int,
+        injected: Counted,
         *,
         denominator: float | None = None,
         parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
+        counts: Callable[[int], bool] = lambda index: True,
     ) -> Pulled:
-        """Return the gradient of sum / count over the losses in a chain.
+        """Return the gradient of the mean over the losses in a chain.
 
         Args:
             chain: consecutive segments, oldest first.
-            injected: the count, the number of losses injected into this update.
-            denominator: what the sum is divided by instead; None: by the count.
+            injected: the targets of the losses injected into this update.
+            denominator: what the sum is divided by instead of their weight; None: by that.
             parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
-            boundary: what becomes of the gradient at each boundary.
+            boundary: what becomes of the gradient at each boundary that counts.
+            counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.names), [])
         weights = [self.parameters] * len(chain) if parameters is None else parameters
-        return pull_back(chain, weights, self.weight(denominator or injected), keep=keep, boundary=boundary)
+        weight = self.weight(denominator or injected.weight)
+        return pull_back(chain, weights, weight, keep=keep, boundary=boundary, counts=counts)
 
     def estimate(
         self,
         pulled: Pulled,
-        injected: int,
+        injected: Counted,
         lookback: int,
         *,
         denominator: float | None = None,
         metrics: Mapping[str, float] | None = None,
+        boundary_lags: tuple[int, ...] = (),
     ) -> Estimate:
         """Return what came out of all that was run; see `Estimate`."""
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
         norms = pulled.boundary_norms
+        counted, by_term = self.counted, dict[str, float]()
+        for name, each in self.terms.items():
+            by_term[f"loss/{name}"] = float(torch.stack(each).sum()) / counted.weight if counted else math.nan
         return Estimate(
             outputs=time_cat(self.outputs) if self.keep_outputs else None,
-            loss=loss_sum / self.num_terms,
+            loss=loss_sum / counted.weight if counted else torch.full_like(loss_sum, math.nan),
             loss_sum=loss_sum,
-            num_terms=self.num_terms,
+            num_terms=counted.num if counted else 0,
+            loss_denominator=counted.denominator,
             gradients=own(self.names, self.parameters, pulled.gradients),
             lookback=lookback,
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
-            num_injected=injected,
-            denominator=denominator,
-            metrics=dict(metrics or {}),
+            boundary_lags=boundary_lags if norms else (),
+            num_injected=injected.num if injected else 0,
+            denominator=injected.denominator if denominator is None else denominator,
+            metrics=by_term | dict(metrics or {}),
         )
 
-    def _count(self, outputs: Tree, loss_sum: Tensor, count: int) -> None:
+    def _count(self, outputs: Tree, summed: Summed) -> None:
         if self.keep_outputs:
             self.outputs.append(detach(outputs))
-        self.sums.append(loss_sum.detach())
-        self.num_terms += count
+        self.sums.append(summed.total.detach())
+        self.counted += summed.counted
+        for name, each in summed.terms.items():
+            self.terms.setdefault(name, []).append(each)

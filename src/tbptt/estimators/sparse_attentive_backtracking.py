@@ -163,7 +163,7 @@ class SparseAttentiveBacktracking(Estimator):
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + window.steps
         chain, stretches = run.look_back(past, window, range(news % self.k_trunc, steps, self.k_trunc))
-        injected = run.num_terms
+        injected = run.counted
         rule = along(_memories(model, chain[-1].end), rule_at(self.boundary, carry.dims))
         pulled = run.pull(chain, injected, boundary=rule)
         if lookback > self.k1:

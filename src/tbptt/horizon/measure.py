@@ -158,6 +158,7 @@ def measure(
                 lanes=found[0].window.lanes,
                 max_lag=plan.longest,
                 samples=seen.state,
+                single=None if statistics is None else statistics.single,
                 model=type(model).__name__,
                 notes=tuple(notes),
                 fresh_loss=loss_of_fresh,

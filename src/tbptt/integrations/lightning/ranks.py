@@ -32,14 +32,18 @@ def over_ranks(estimate: Estimate, trainer: Trainer) -> Estimate:
 
     mine = torch.tensor([estimate.num_injected, estimate.num_terms], device=trainer.strategy.root_device)
     num_injected, num_terms = (int(count) for count in total(mine))
+    weights = torch.tensor([estimate.weight, estimate.loss_weight], dtype=torch.float64, device=mine.device)
+    weight, loss_weight = cast("list[float]", total(weights).tolist())
     loss_sum = total(estimate.loss_sum.clone())
-    share = estimate.num_injected / max(num_injected, 1)
+    share = estimate.weight / weight if weight else 0.0
     gradients = {name: total(gradient * share) for name, gradient in estimate.gradients.items()}
     return replace(
         estimate,
-        loss=loss_sum / num_terms,
+        loss=loss_sum / loss_weight,
         loss_sum=loss_sum,
         num_terms=num_terms,
         gradients=gradients,
         num_injected=num_injected,
+        denominator=None if weight == num_injected else weight,
+        loss_denominator=None if loss_weight == num_terms else loss_weight,
     )
