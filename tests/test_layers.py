@@ -27,7 +27,7 @@ LAYERS = [
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},
-    {"guards", "monitors", "metrics"},
+    {"guards", "monitors", "metrics", "distributed"},
     {"checks", "checkpoint", "evaluate", "first_states", "snapshots"},
     {"update"},
     {"trainer", "comparison", "horizon", "online"},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from tbptt.errors import CapabilityError
@@ -39,6 +40,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
 
     Cost: one call of the model, and a copy of the state, for each stretch between resets.
     """
+    torch.clear_autocast_cache()  # weights may have changed: under autocast around a whole loop it holds old casts
     resets = window.resets
     cuts = sorted({0, *resets, window.steps})
     pieces: list[Tree] = []

@@ -24,7 +24,7 @@ from tbptt.estimators.segments import Segment, own, pull_back
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
 from tbptt.randomness import seed_everything
-from tbptt.tree import detach
+from tbptt.tree import as_real, detach
 
 __all__ = ["Draws", "Reference", "draw", "full_gradients"]
 
@@ -171,7 +171,6 @@ def flat(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> T
     for name, parameter in parameters.items():
         gradient = gradients.get(name)
         gradient = torch.zeros_like(parameter) if gradient is None else gradient.detach()
-        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        pieces.append(gradient.reshape(-1).cpu())
+        pieces.append(as_real(gradient).reshape(-1).cpu())
     joined = torch.cat([piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece for piece in pieces])
     return joined

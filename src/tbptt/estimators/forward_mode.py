@@ -27,7 +27,7 @@ from tbptt.estimators.segments import Gradients, Pulled, Segment, norm_of, walk_
 from tbptt.length.base import check_whole
 from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
-from tbptt.tree import LaneDims, Tree, all_finite, detach, differentiable, tensors
+from tbptt.tree import LaneDims, Tree, all_finite, as_real, detach, differentiable, tensors
 from tbptt.window import Window
 
 __all__ = ["CarriedInfluence", "ForwardMode", "Influence", "InfluenceCarry", "LaneSegment", "add_to", "check_size"]
@@ -167,7 +167,7 @@ class LaneSegment:
         total: Tensor | None = None
         for each, along in zip(found, cotangent_of(rows, start, self.dims), strict=True):
             if each is not None:
-                part = (_real(each) * _real(along)).sum()  # pyright: ignore[reportArgumentType]
+                part = (as_real(each) * as_real(along)).sum()  # pyright: ignore[reportArgumentType]
                 total = part if total is None else total + part
         if total is None or not total.requires_grad:
             return torch.zeros_like(rows)
@@ -207,10 +207,6 @@ class LaneSegment:
         like = self.end
         eye = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
         return [row.expand_as(like) for row in eye]
-
-
-def _real(value: Tensor) -> Tensor:
-    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def check_size(numbers: int, what: str, fix: str) -> None:

@@ -169,9 +169,9 @@ def _of_one_step(
     piece = window[first - offset : first - offset + last.steps]
     only = torch.zeros_like(piece.mask)
     only[at - first] = piece.mask[at - first]
-    total, _ = loss.total(last.outputs, replace(piece, mask=only))
+    summed = loss.total(last.outputs, replace(piece, mask=only))
     # the state after it counts for nothing: no loss of later steps is looked at
-    return [*(replace(segment, loss=None) for segment in chain[:index]), last.injecting(total)]
+    return [*(replace(segment, loss=None) for segment in chain[:index]), last.injecting(summed.total)]
 
 
 def _added(model: nn.Module, chain: Sequence[Segment], begins: Sequence[int], at: int) -> dict[int, Gradients]:
