@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"opaque"},
     {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost"},
-    {"window", "model", "length", "data", "recurrence", "pathways"},
+    {"window", "model", "weights", "length", "data", "recurrence", "pathways"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},

@@ -11,10 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.base import Estimate
+from tbptt.estimators.base import LOSS_PREFIX, Estimate, by_owner
 from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.gradients import after_hooks, own
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, own, pass_on, pull_back
+from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, pass_on, pull_back
 from tbptt.loss import StepLoss
 from tbptt.model import trainable_parameters
 from tbptt.tree import Tree, detach, time_cat
@@ -30,8 +31,10 @@ class Run:
     """The model run over a window and what lies before it, its losses counted.
 
     Attributes:
-        names: of the parameters that are trained.
+        names: of the model's parameters that are trained.
         parameters: these.
+        trained: they and the loss's own, by the names of `Estimate.all_gradients`.
+        asked: all of these, as autograd is asked about them.
         outputs: of the window's pieces, detached; empty unless they are to be kept.
         sums: of the pieces' losses, 0-dim each.
         num_terms: how many losses are in them.
@@ -39,7 +42,10 @@ class Run:
 
     def __init__(self, model: nn.Module, loss: StepLoss, carry: ChainCarry, *, keep_outputs: bool) -> None:
         self.model, self.loss, self.carry, self.keep_outputs = model, loss, carry, keep_outputs
-        self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
+        self.trained = trainable_parameters(model)
+        self.names, self.parameters = zip(*self.trained.items(), strict=True)
+        self.trained |= {LOSS_PREFIX + name: each for name, each in loss.own_parameters(model).items()}
+        self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
         self.num_terms = 0
@@ -115,8 +121,8 @@ class Run:
             boundary: what becomes of the gradient at each boundary.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
-            return Pulled([None] * len(self.names), [])
-        weights = [self.parameters] * len(chain) if parameters is None else parameters
+            return Pulled([None] * len(self.asked), [])
+        weights = [self.asked] * len(chain) if parameters is None else parameters
         return pull_back(chain, weights, self.weight(denominator or injected), keep=keep, boundary=boundary)
 
     def estimate(
@@ -128,7 +134,16 @@ class Run:
         denominator: float | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> Estimate:
-        """Return what came out of all that was run; see `Estimate`."""
+        """Return what came out of all that was run; see `Estimate`.
+
+        Args:
+            pulled: the gradients, in the order of `asked`, before any hooks on parameters.
+            injected: the number of losses injected.
+            lookback: the steps that they were sent back.
+            denominator: what the sum was divided by instead of their number.
+            metrics: whatever else was measured.
+        """
+        gradients, of_loss = by_owner(after_hooks(self.trained, own(self.trained, pulled.gradients)))
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
         norms = pulled.boundary_norms
         return Estimate(
@@ -136,7 +151,8 @@ class Run:
             loss=loss_sum / self.num_terms,
             loss_sum=loss_sum,
             num_terms=self.num_terms,
-            gradients=own(self.names, self.parameters, pulled.gradients),
+            gradients=gradients,
+            loss_gradients=of_loss,
             lookback=lookback,
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
             num_injected=injected,
