@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.curve import interpolated, lag_grid
+from tbptt.estimators.gradients import Gradients, add, scaled
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Gradients, Segment, add, lane_norms, scaled, walk_back
+from tbptt.estimators.segments import Segment, lane_norms, walk_back
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was, trainable_parameters
 from tbptt.pathways import in_segments
