@@ -50,7 +50,7 @@ class Run:
         self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.counted = Counted()
+        self.counted, self._like = Counted(), torch.zeros(())
         self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
@@ -101,7 +101,7 @@ class Run:
 
     def weight(self, denominator: float) -> Tensor:
         """Return 1 / denominator in the type of the losses, 0-dim."""
-        return torch.full_like(self.sums[-1], 1 / denominator)
+        return torch.full_like(self._like, 1 / denominator)
 
     def pull(
         self,
@@ -176,6 +176,8 @@ class Run:
         if self.keep_outputs:
             self.outputs.append(detach(outputs))
         self.sums.append(summed.total.detach())
+        if summed.counted.num:
+            self._like = self.sums[-1]  # without a target there is no loss that would say its type
         self.counted += summed.counted
         for name, each in summed.terms.items():
             self.terms.setdefault(name, []).append(each)

@@ -89,7 +89,7 @@ class Segment:
         seeds: list[Tensor] = []
         if self.loss is not None and self.loss.requires_grad:
             roots.append(self.loss)
-            seeds.append(weight.to(self.loss.dtype))
+            seeds.append(weight)
         for leaf, gradient in zip(differentiable(self.end), cotangent, strict=True) if cotangent else ():
             if gradient is not None and leaf.requires_grad:
                 roots.append(leaf)
