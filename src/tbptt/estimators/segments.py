@@ -11,8 +11,9 @@ Letters: T time, B lanes, K boundaries, P parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +104,14 @@ class Segment:
         before = differentiable(self.start) if start else []
         if not roots or not (parameters or before):
             return [None] * len(parameters), [None] * len(before)
-        found = torch.autograd.grad(roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True)
+        with _outside_autocast(roots[0].device.type):
+            found = torch.autograd.grad(roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True)
         return list(found[: len(parameters)]), list(found[len(parameters) :])
+
+
+def _outside_autocast(device: str) -> AbstractContextManager[Any]:
+    """Go back as torch advises: each operation in the type that it had on the way forward, not narrowed once more."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
