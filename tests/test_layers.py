@@ -23,7 +23,7 @@ LAYERS = [
     {"opaque"},
     {"copies"},
     {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost", "wrappers"},
-    {"window", "model", "length", "data", "recurrence", "pathways"},
+    {"window", "model", "weights", "length", "data", "recurrence", "pathways"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},

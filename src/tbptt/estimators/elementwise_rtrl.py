@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.sparsity import tried_step
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
 from tbptt.recurrence import Recurrence, recurrences_of
