@@ -5,7 +5,7 @@ Letters: T time, B lanes, K boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -106,7 +106,6 @@ class Run:
         injected: int,
         *,
         denominator: float | None = None,
-        parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
     ) -> Pulled:
@@ -116,14 +115,14 @@ class Run:
             chain: consecutive segments, oldest first.
             injected: the count, the number of losses injected into this update.
             denominator: what the sum is divided by instead; None: by the count.
-            parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
             boundary: what becomes of the gradient at each boundary.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.asked), [])
-        weights = [self.asked] * len(chain) if parameters is None else parameters
-        return pull_back(chain, weights, self.weight(denominator or injected), keep=keep, boundary=boundary)
+        return pull_back(
+            chain, [self.asked] * len(chain), self.weight(denominator or injected), keep=keep, boundary=boundary
+        )
 
     def estimate(
         self,
