@@ -139,12 +139,13 @@ class ByInputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, module: nn.Module, given: Tensor, *weights: Tensor) -> Tensor:
-        ctx.module, ctx.given = module, given.detach()
+        ctx.module = module
+        ctx.save_for_backward(given)
         return module(given)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        given = ctx.given.detach().requires_grad_()
+        given = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             found = ctx.module(given)
         return None, *torch.autograd.grad(found, [given, *ctx.module.parameters()], gradients)
@@ -155,12 +156,13 @@ class ByBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, module: nn.Module, given: Tensor) -> Tensor:
-        ctx.module, ctx.given = module, given.detach()
+        ctx.module = module
+        ctx.save_for_backward(given)
         return module(given)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        given = ctx.given.detach().requires_grad_()
+        given = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             ctx.module(given).backward(*gradients)
         return None, given.grad

@@ -129,7 +129,8 @@ class LaneSegment:
                 total = part if total is None else total + part
         if total is None or not total.requires_grad:
             return torch.zeros_like(rows)
-        return torch.autograd.grad(total, seed, retain_graph=True)[0].detach()
+        (along,) = torch.autograd.grad(total, seed, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(rows) if along is None else along.detach()  # pyright: ignore[reportUnnecessaryComparison]
 
     def jacobians(self, seeds: Sequence[Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return I by name, (B, S, p) each, and D, (B, S, S), None for the model's initial state.
