@@ -6,7 +6,7 @@ Letters: T time, B lanes, K boundaries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -109,7 +109,6 @@ class Run:
         injected: Counted,
         *,
         denominator: float | None = None,
-        parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
         counts: Callable[[int], bool] = lambda index: True,
@@ -120,16 +119,14 @@ class Run:
             chain: consecutive segments, oldest first.
             injected: the targets of the losses injected into this update.
             denominator: what the sum is divided by instead of their weight; None: by that.
-            parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
             boundary: what becomes of the gradient at each boundary that counts.
             counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.asked), [])
-        weights = [self.asked] * len(chain) if parameters is None else parameters
         weight = self.weight(denominator or injected.weight)
-        return pull_back(chain, weights, weight, keep=keep, boundary=boundary, counts=counts)
+        return pull_back(chain, [self.asked] * len(chain), weight, keep=keep, boundary=boundary, counts=counts)
 
     def estimate(
         self,
