@@ -210,7 +210,7 @@ class _Regimes:
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + self.window.steps
         mark = max(0, steps + missing + self.k1 - self.k2)  # where the next look-back begins, if its window is full
-        chain, stretches = run.look_back(past, self.window, [mark])
+        chain, stretches = run.look_back(past, self.window, run.cuts([mark], news))
         injected = run.counted
         pulled = run.pull(chain, injected, boundary=self.boundary)
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
@@ -224,7 +224,7 @@ class _Regimes:
         }
         state, steps = self.carry.state, self.window.steps
         news: list[RetainedSegment] = []
-        cut = -k2 % k1  # a later look-back will begin here, if every window is full
+        cut = 0 if run.loss.whole else -k2 % k1  # a later look-back will begin here, if every window is full
         for begin, end in pairwise(sorted({0, min(cut, steps), steps})):
             piece = self.window[begin:end]
             segment = RetainedSegment.run(run.model, piece, state, weights, dims)

@@ -81,7 +81,8 @@ def influences(
             raise ConfigError(
                 f"{name} was expected to be a whole number, at least {least}, but is {value!r}", fix=f"{name}={least}"
             )
-    step_loss, training, start = StepLoss.of(loss), model.training, stream.state_dict()
+    step_loss = StepLoss.of(loss).by_single_steps("horizon.influences")
+    training, start = model.training, stream.state_dict()
     model.eval()
     try:
         with fork_random(next(model.parameters()).device), left_as_it_was(model):

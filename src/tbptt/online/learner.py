@@ -340,6 +340,13 @@ class Online:
     def _update(self, window: Window) -> None:
         window = self._snapshots.with_resets(window)
         loss = self.loss if window.targets is not None else _NO_LOSS
+        if loss.whole and window.num_targets < window.mask.numel():
+            raise CapabilityError(
+                f"a label for each step and lane was expected with a WindowLoss, but {window.num_targets} of "
+                f"{window.mask.numel()} came in the window at step {window.start}: the loss couples steps, and nothing "
+                "could stand in the place of those that are missing",
+                fix="a label for each step, or a loss of single steps",
+            )
         raw, carry = self.estimator.estimate(self.model, loss, self.carry, window)
         verdict = guarded(raw, self.guards, self._snapshots.start(window))
         if isinstance(verdict, RollBack):
