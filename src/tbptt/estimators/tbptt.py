@@ -231,7 +231,7 @@ class _Regimes:
             seen = told
         else:
             seen = told = [each for each in boundaries if each in (news, mark)]
-        chain, stretches = run.look_back(past, self.window, [mark, *seen])
+        chain, stretches = run.look_back(past, self.window, run.cuts([mark, *seen], news))
         injected = run.counted
         pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
@@ -244,7 +244,7 @@ class _Regimes:
         weights = KeptWeights.of(dict(zip(run.names, run.parameters, strict=True)))
         state, steps = self.carry.state, self.window.steps
         news: list[RetainedSegment] = []
-        cut = -k2 % k1  # a later look-back will begin here, if every window is full
+        cut = 0 if run.loss.whole else -k2 % k1  # a later look-back will begin here, if every window is full
         for begin, end in pairwise(sorted({0, min(cut, steps), steps})):
             piece = self.window[begin:end]
             segment = RetainedSegment.run(run.model, piece, state, weights, dims)
