@@ -23,7 +23,7 @@ LAYERS = [
     {"opaque"},
     {"copies"},
     {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost"},
-    {"window", "model", "length", "data", "recurrence", "pathways"},
+    {"window", "model", "length", "data", "recurrence", "pathways", "side_changes"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
     {"streams", "estimators", "models"},

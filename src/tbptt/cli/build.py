@@ -31,6 +31,7 @@ __all__ = [
     "build_metrics",
     "build_model",
     "build_optimizer",
+    "falls_to_zero",
     "use_threads",
 ]
 
@@ -75,6 +76,8 @@ def build(config: Config, record: Record | None = None) -> Parts:
     _refuse_unknown_end(config, estimator)
     updates = _num_updates(config, data, steps)
     schedule_updates = record.schedule_updates if record is not None else config.schedule.updates or updates
+    if falls_to_zero(config) and updates > schedule_updates:
+        _refuse_rate_of_zero(updates, schedule_updates, resumed=record is not None)
     return Parts(
         model=model,
         loss=build_loss(data.facts),
@@ -173,6 +176,21 @@ def _groups(config: Config, estimator: Estimator, model: nn.Module) -> Iterable[
             fix="leave optimizer.predictor_lr out; or --set estimator.name=SyntheticGradients",
         )
     return estimator.parameter_groups(model, lr=config.optimizer.lr, predictor_lr=rate)
+
+
+def falls_to_zero(config: Config) -> bool:
+    """Tell whether the learning rate is 0 once the schedule has ended."""
+    return config.schedule.name == "cosine" and config.schedule.final == 0
+
+
+def _refuse_rate_of_zero(updates: int, schedule_updates: int, *, resumed: bool) -> None:
+    anew = f"tbptt train --config RUN/config.toml --updates {updates} starts a run whose schedule is as long as it is"
+    kept = f"--set schedule.updates={updates}; or --set schedule.final=0.1, which keeps a tenth of the rate"
+    raise ConfigError(
+        f"a learning-rate schedule of {updates} updates was expected, as many as are to be made, but it ends at update "
+        f"{schedule_updates}, with schedule.final = 0: from there on the rate is 0, and nothing would be learned",
+        fix=f"{anew}; before a run that is to be resumed: {kept}" if resumed else kept,
+    )
 
 
 def _refuse_unknown_end(config: Config, estimator: Estimator) -> None:
