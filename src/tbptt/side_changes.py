@@ -170,6 +170,8 @@ def _traits(value: Any, weights: set[int], seen: set[int], held: list[Any]) -> I
         return
     if id(value) in seen or len(seen) >= _MOST or isinstance(value, (weakref.ref, Optimizer)):
         return
+    if type(value).__module__.startswith("tbptt."):  # ours keep what they have found out once, and no state
+        return
     seen.add(id(value))
     held.append(value)
     if isinstance(value, Tensor):
