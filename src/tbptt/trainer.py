@@ -263,7 +263,8 @@ class Trainer:
             self._begun = True
         for monitor in self.monitors:
             monitor.begin(replace(plan, update=self.updates, weights=trainable_parameters(self.model)))
-        if self.updates and not any(group["lr"] for group in self.optimizer.param_groups):
+        left = plan.updates is None or self.updates < plan.updates
+        if self.updates and left and not any(group["lr"] for group in self.optimizer.param_groups):
             self._tell("learning rate", "it is 0 in all groups, as a schedule leaves it that has ended", _LONGER)
         for each in limits if self.updates == 0 else ():
             self._tell("exactness", f"{self.estimator}: {each}", "RTRL(k1), or TBPTT(k1, k2)")

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from tbptt.checkpoint import Checkpoints
-from tbptt.cli.build import Parts, falls_to_zero
+from tbptt.cli.build import Parts, rate_until
 from tbptt.cli.config import Config
 from tbptt.cli.rundir import RunDirectory
 from tbptt.monitors import Monitor, Progress, TensorBoard
@@ -74,14 +74,11 @@ def _tell_stopped(run: RunDirectory, summary: Summary) -> None:
 
 
 def longer(run: RunDirectory, config: Config, parts: Parts, made: int) -> str:
-    """Return the command by which a run of so many updates becomes one of twice as many.
-
-    Where the learning rate would be 0 by then, that is another run, with a schedule of that length.
-    """
+    """Return the command by which a run of so many updates becomes one of twice as many, at a rate above 0."""
     passes = config.run.updates is None and config.run.passes is not None
     until = f"--passes {2 * (config.run.passes or 1)}" if passes else f"--updates {2 * made}"
-    if falls_to_zero(config) and 2 * made > parts.schedule_updates:
-        return f"tbptt train --config {run.path / 'config.toml'} {until}"
+    if 2 * made > rate_until(config.schedule, parts.schedule_updates):
+        until += f" --schedule-updates {2 * made}"
     return f"tbptt resume {run.path} {until}"
 
 

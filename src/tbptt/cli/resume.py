@@ -10,6 +10,7 @@ import typer
 from tbptt.cli.build import build, use_threads
 from tbptt.cli.launch import launch, longer, newest_update, tell
 from tbptt.cli.rundir import RunDirectory
+from tbptt.errors import ConfigError
 
 __all__ = ["resume"]
 
@@ -22,16 +23,28 @@ def resume(
     passes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Go on to so many passes in all.", show_default=False)
     ] = None,
+    schedule_updates: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Let the learning rate's schedule end there.", show_default=False),
+    ] = None,
 ) -> None:
     """Go on with a run where it stopped, as if it never had.
 
-    A new end is recorded in the run's config.toml. A learning-rate schedule keeps the length it began with; where the
-    rate is 0 after it, a later end is refused.
+    A new end is recorded in the run's config.toml. A learning-rate schedule keeps the length it began with, unless
+    --schedule-updates gives it another; where the rate would be 0 after it, a later end is refused.
     """
     directory = RunDirectory(run)
     config, record = directory.read()
     until: dict[str, Any] = {"updates": updates, "passes": passes}
     longest = config.changed("run", **until) if any(until.values()) else config
+    if schedule_updates is not None:
+        if config.schedule.name != "cosine":
+            raise ConfigError(
+                f"a schedule that ends was expected for --schedule-updates {schedule_updates}, but that of {run} is "
+                f"{config.schedule.name}: there would be no effect",
+                fix="leave --schedule-updates out",
+            )
+        longest = longest.changed("schedule", updates=schedule_updates)
     parts = build(use_threads(longest), record)
     if longest != config:
         directory.write_config(longest)
