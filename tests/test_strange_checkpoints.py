@@ -146,6 +146,8 @@ def test_a_class_is_known_where_the_run_has_it_and_nowhere_else() -> None:
     ):
         with pytest.raises(CheckpointError, match=f"state.{place}"):
             decode({place: value}, {}, own.get)
+    with pytest.raises(UnknownClassError, match=r"state\.about\.x"):  # what one entry has, the next one has not
+        decode({"carry": pair, "about": {"x": pair}}, {}, own.get)
     for kind in (list, dict, set, int, float):  # these may be called
         made_of = decode({"carry": default(named(f"builtins:{kind.__name__}"))}, {}, own.get)["carry"]
         assert made_of.default_factory is kind
