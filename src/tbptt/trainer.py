@@ -111,7 +111,8 @@ class Trainer:
     """Trains a model on a stream, and goes on where it stopped.
 
     It holds no mathematics: the estimator makes the gradient, the guards may change or refuse it, the
-    optimizer uses it, the monitors watch. A resumed run is, bit for bit, one that never stopped.
+    optimizer uses it, the monitors watch. A resumed run is, bit for bit, one that never stopped; what stands in the way
+    is told: see the alarm "resume" in docs/monitors.md.
 
     Args:
         model: any `model(inputs, state) -> (outputs, state)`; `tbptt.check` must let it pass. One that comes in eval

@@ -9,16 +9,18 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
-from tbptt.estimators.forward_mode import ForwardMode, Influence, LaneSegment, add_to
+from tbptt.estimators.forward_mode import ForwardMode, Influence, add_to
+from tbptt.estimators.gradients import Gradients, gradients_of
+from tbptt.estimators.lane_segment import LaneSegment, check_dense
 from tbptt.estimators.perlane import check_single_steps
-from tbptt.estimators.segments import Gradients, Segment
+from tbptt.estimators.segments import Segment
 from tbptt.estimators.sparsity import tried_step
 from tbptt.length.base import check_seed
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
@@ -132,11 +134,13 @@ class LocalRule(ForwardMode):
             CapabilityError: the losses do not depend on the state that is returned.
         """
         assert shared.loss is not None
-        own = cast(
-            "Sequence[Tensor | None]",
-            torch.autograd.grad(shared.loss, list(segment.parameters), retain_graph=True, allow_unused=True),
-        )
-        direct = {name: each for name, each in zip(segment.names, own, strict=True) if each is not None}
+        names, asked = [*segment.names, *segment.of_loss], [*segment.parameters, *segment.of_loss.values()]
+        one = torch.ones_like(shared.loss)
+        own: Gradients = [None] * len(asked)
+        if shared.loss.requires_grad:
+            own = gradients_of([shared.loss], [one], asked, keep=True)
+        check_dense(names, own)
+        direct = {name: each for name, each in zip(names, own, strict=True) if each is not None}
         if self.feedback == "random":
             outputs = differentiable(shared.outputs)
             errors = torch.autograd.grad(shared.loss, outputs, retain_graph=True, allow_unused=True)
@@ -264,7 +268,7 @@ def _arrived_at(ends: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tenso
 
     hooks = [leaf.register_hook(partial(stop, index)) for index, leaf in enumerate(ends) if leaf.requires_grad]
     try:
-        torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+        gradients_of([loss], [torch.ones_like(loss)], parameters, keep=True)
     finally:
         for hook in hooks:
             hook.remove()

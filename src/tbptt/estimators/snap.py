@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment, check_size
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence, check_size
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.sparsity import Pattern, Reached, coloured, probe, seeds_of, seen_in
 from tbptt.length.base import check_whole
 from tbptt.tree import LaneDims, differentiable

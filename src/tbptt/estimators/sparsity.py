@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.forward_mode import LaneSegment
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import PerLane, check_single_steps
 from tbptt.estimators.segments import Segment
 from tbptt.model import fork_random, initial_state, left_as_it_was, trainable_parameters
