@@ -23,7 +23,7 @@ LAYERS = [
     {"opaque"},
     {"copies"},
     {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost", "wrappers"},
-    {"window", "torch_losses", "model", "weights", "length", "data", "recurrence", "pathways"},
+    {"window", "torch_losses", "model", "weights", "length", "data", "recurrence", "pathways", "side_changes"},
     {"loss", "adapters", "rereading"},
     {"unroll", "coupling"},
     {"streams", "estimators", "models"},
