@@ -311,7 +311,8 @@ class Trainer:
         return found.raw.with_gradients(found.raw.all_gradients, rolled_back=float(found.undone))
 
     def _validate(self, held_out: HeldOut) -> None:
-        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics)
+        steps = self.estimator.next_steps(self.carry) if self.loss.whole else None
+        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics, steps=steps)
         self.validated = (self.updates, metrics)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metrics["loss"])
