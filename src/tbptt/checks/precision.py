@@ -56,9 +56,9 @@ def without_autocast(model: nn.Module, inputs: Tree) -> AbstractContextManager[A
     be told that it does not carry its state, for what is autocast's rounding.
     """
     device = next(model.parameters()).device
-    off = torch.autocast(device.type, enabled=False)
-    if not torch.is_autocast_enabled(device.type):
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
         return nullcontext()
+    off = torch.autocast(device.type, enabled=False)
     try:
         with off, torch.no_grad(), fork_random(device), left_as_it_was(model):
             unroll(model, Window(to(inputs, device)), None, None)

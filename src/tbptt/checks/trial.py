@@ -79,11 +79,8 @@ class Trial:
         plans = _plans(sizes, segment_steps(model))
         as_is = Trial(copy.deepcopy(model), Window(inputs), plans, None, 1e-4, 1e-4, "its own precision")
         half = half_precision(model)
-        coarse = half
-        if half is None and torch.is_autocast_enabled(device.type):  # it runs in no other way
-            coarse = torch.get_autocast_dtype(device.type)
-        if coarse is not None:  # a step rounds by eps / 2, and one way to a result differs from another in several
-            limit = 8 * torch.finfo(coarse).eps
+        if half is not None:  # a step rounds by eps / 2, and one way to a result differs from another in several
+            limit = 8 * torch.finfo(half).eps
             as_is = replace(as_is, value_tolerance=limit, gradient_tolerance=limit)
         doubled = in_double(as_is.model, inputs)
         if doubled is None:
