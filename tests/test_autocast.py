@@ -190,6 +190,44 @@ def test_a_state_that_a_model_narrows_by_itself_is_left_so() -> None:
     assert unroll(Caches(), tbptt.Window(INPUTS), state.float(), None)[1].dtype is torch.float32
 
 
+class Single(Narrowed):
+    """A cell that fixes float32 inside: it cannot be tried in double precision, and autocast narrows the rest of it."""
+
+    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = inputs.new_zeros(inputs.shape[1], 8) if state is None else state
+        rows = []
+        for each in inputs:
+            state = torch.tanh(self.cell(torch.cat([each, state], -1))).float()
+            rows.append(self.read(state).float())
+        return torch.stack(rows), state
+
+
+class OnlyWithin(Single):
+    """As kernels that take 16 bits only: it runs under autocast alone."""
+
+    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert self.cell(torch.zeros(1, 11)).dtype is torch.bfloat16
+        return super().forward(inputs, state)
+
+
+@pytest.mark.parametrize("build", [Narrowed, Single, OnlyWithin])
+def test_check_within_autocast_judges_the_model_and_not_autocast(build: type[nn.Module]) -> None:
+    for _ in range(3):
+        with autocast():
+            report = tbptt.check(build(), INPUTS[:24], tbptt.TBPTT(4, 8))
+        assert report, report
+
+
+def test_check_within_autocast_still_sees_a_fault() -> None:
+    class Forgets(OnlyWithin):
+        def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return super().forward(inputs, None)
+
+    with autocast():
+        report = tbptt.check(Forgets(), INPUTS[:24])
+    assert "value carry" in [item.name for item in report.items if not item.passed], report
+
+
 def recalled(where: str) -> float:
     """Return the loss after training on what was seen a step before, with autocast in one place or another."""
     torch.manual_seed(0)

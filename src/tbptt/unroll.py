@@ -67,7 +67,7 @@ def _of_its_own_types(model: nn.Module, after: Tree, before: Tree | None) -> Tre
     """
     leaves, given = tensors(after), tensors(before)
     device = leaves[0].device.type if leaves else "cpu"
-    narrowed = torch.is_autocast_enabled(device)
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     kinds = [leaf.dtype for leaf in leaves]
     if not narrowed and kinds == [leaf.dtype for leaf in given]:
         return after

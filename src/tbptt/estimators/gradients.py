@@ -62,7 +62,8 @@ def gradients_of(
 
 def _outside_autocast(device: str) -> AbstractContextManager[Any]:
     """Go back as torch advises: each operation in the type that it had on the way forward, not narrowed once more."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if narrowed else nullcontext()
 
 
 def _grad(
