@@ -20,7 +20,6 @@ from tbptt.distributed import refuse_ranks
 from tbptt.errors import AlarmWarning, CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.first_states import first_states
 from tbptt.guards.base import Guard, RollBack, check_guards
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.interrupts import Interrupts
@@ -245,11 +244,9 @@ class Trainer:
         """Check the model, and resume or start; a second `run` just goes on."""
         limits: list[str] = []
         if not self._begun:
-            loaded = (
-                None
-                if self.checkpoints is None
-                else self.checkpoints.load_latest(self._like, self.model.state_dict().get)
-            )
+            like = self.updater.like(self._state, self.stream)
+            found = self.checkpoints
+            loaded = None if found is None else found.load_latest(like, self.model.state_dict().get)
             if loaded is None:
                 seed_everything(self.seed)
                 self.updater.snapshots.take(0, self.carry)
@@ -361,13 +358,6 @@ class Trainer:
             **self.updater.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._named_monitors()},
         }
-
-    def _like(self, entry: str) -> Any:
-        """Return what an entry of a checkpoint may be made of: what this run has there, or comes to have."""
-        own = self._state().get(entry)
-        if entry not in ("carry", "snapshots"):
-            return own
-        return own, first_states(self.model, self.stream, self.estimator.next_steps(self.carry))
 
     def _about(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""

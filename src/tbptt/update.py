@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.checkpoint import weights_of
+from tbptt.codec import Like
 from tbptt.distributed import OneRank, Ranks
 from tbptt.errors import AlarmWarning, CheckpointError, ConfigError
 from tbptt.estimators.base import LOSS_PREFIX, Carry, Estimate, Estimator
+from tbptt.first_states import first_states
 from tbptt.guards.base import Guard, RollBack, Start, guarded
 from tbptt.length import scaled_rate
 from tbptt.loss import StepLoss
 from tbptt.model import named_parameters, trainable_parameters
 from tbptt.side_changes import SideChanges
 from tbptt.snapshots import Snapshots, load_loss_state, loss_state
+from tbptt.streams.base import Stream
 from tbptt.tree import to
 from tbptt.window import Window
 
@@ -183,6 +186,23 @@ class Updater:
             self.snapshots.load_state_dict(state["snapshots"])
         if "side" in state:  # nor had any of an earlier version
             self.side.load_state_dict(state["side"])
+
+    def like(self, own: Callable[[], Mapping[str, Any]], stream: Stream) -> Like:
+        """Return what tells of each entry of a saved state what it may be made of, as `tbptt.codec` asks it.
+
+        Args:
+            own: returns this run's state, by entry. For what a new run does not have yet, the states of the model, it
+                is run on the first window.
+            stream: what is trained on; it stays where it is.
+        """
+
+        def like(entry: str) -> Any:
+            there = own().get(entry)
+            if entry not in ("carry", "snapshots"):
+                return there
+            return there, first_states(self.model, stream, self.estimator.next_steps(self.carry))
+
+        return like
 
     def unsaved(self) -> str:
         """Say what training changes and no state_dict holds, each place once; empty for nothing new."""

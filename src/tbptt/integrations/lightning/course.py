@@ -16,7 +16,6 @@ from tbptt.checks import check_on_stream
 from tbptt.codec import decode, encode
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimator
-from tbptt.first_states import first_states
 from tbptt.guards.base import Guard
 from tbptt.integrations.lightning.ranks import LightningRanks, any_rank, share_loss
 from tbptt.integrations.lightning.refusals import refuse_lengths
@@ -156,13 +155,6 @@ class Course:
         tensors: dict[str, Tensor] = {}
         return {"state": encode(state, "tbptt", tensors), "tensors": tensors}
 
-    def _like(self, entry: str, module: LightningModule) -> Any:
-        """Return what an entry of a checkpoint may be made of, see `tbptt.codec`."""
-        own = {**self.updater.state_dict(), "place": self.place}.get(entry)
-        if entry not in ("carry", "snapshots"):
-            return own
-        return own, first_states(module, self.stream, self.estimator.next_steps(self.carry))
-
     def _restore(self, module: LightningModule) -> None:
         trainer = module.trainer
         if self.loaded is None:
@@ -181,7 +173,8 @@ class Course:
                     fix="resume with what the run was started with",
                 )
         mine = self.loaded["ranks"][trainer.global_rank]
-        state = decode(mine["state"], mine["tensors"], lambda entry: self._like(entry, module), "tbptt")
+        like = self.updater.like(lambda: {**self.updater.state_dict(), "place": self.place}, self.stream)
+        state = decode(mine["state"], mine["tensors"], like, "tbptt")
         self.updater.load_state_dict(state)
         self.place = state["place"]
         self.stream.load_state_dict(self.place)
