@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"opaque"},
     {"copies"},
-    {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost"},
+    {"tree", "codec", "randomness", "side_state", "interrupts", "curve", "cost", "wrappers"},
     {"window", "model", "length", "data", "recurrence", "pathways"},
     {"loss", "adapters", "rereading"},
     {"unroll"},
