@@ -26,7 +26,7 @@ from tbptt.streams.base import Stream
 from tbptt.tree import Tree
 from tbptt.window import Window
 
-__all__ = ["CheckItem", "CheckReport", "Reach", "check", "check_on_stream", "measure_reach"]
+__all__ = ["CheckItem", "CheckReport", "Reach", "check", "check_on_stream", "known_items", "measure_reach"]
 
 _Question = Callable[[Trial, Facts, Calls], CheckItem | None]
 
@@ -89,7 +89,7 @@ def check(
         >>> bool(check(nn.GRU(3, 5), torch.randn(12, 2, 3)))
         True
     """
-    accepted = _known(accept)
+    accepted = known_items(accept)
     check_trainable(model)
     device = next(model.parameters()).device
     # without cuDNN, whose recurrent layers have no backward pass in eval mode, where dropout is off
@@ -117,8 +117,19 @@ def check(
         return CheckReport(_name(model), _tried(trial, calls), tuple(items))
 
 
-def _known(accept: Iterable[str]) -> frozenset[str]:
+def known_items(accept: Iterable[str], *, checked: bool = True) -> frozenset[str]:
+    """Return the items of a check whose failure is accepted.
+
+    Raises:
+        ConfigError: a name of none, or names for a check that is not made.
+    """
     names = [accept] if isinstance(accept, str) else list(accept)
+    if names and not checked:
+        raise ConfigError(
+            f"a check was expected for accept={names!r}, but checked=False came: nothing would be asked, and nothing "
+            "accepted",
+            fix="leave checked=False out: what is accepted does not stop the training",
+        )
     unknown = [name for name in names if name not in _NAMES]
     if unknown:
         raise ConfigError(

@@ -151,9 +151,9 @@ def _crossed(
         return CheckItem(name, "fail", row(found), inside, fix, found)
     if not tells:
         notes.append("what crosses a boundary is less than rounding")
-    if trial.precision == "float64":
-        names = _differentiated(trial, crossing)
-        wrong = find_mismatch(trial, names) if names else None
+    names = _differentiated(trial, crossing)
+    if names:
+        wrong = find_mismatch(trial, names)
         if wrong is not None and (facts.training.thresholds or facts.still.thresholds):
             notes.append("it has thresholds, so that central differences do not tell whether all of it crosses")
         elif wrong is not None:
@@ -233,7 +233,7 @@ def _by_chunk(trial: Trial, sizes: Sequence[int]) -> float:
         state = detach(new)
     apart_total = None
     for (begin, end), (start, there) in zip(pairwise([0, *accumulate(sizes)]), kept, strict=True):
-        there.restore(trial.model)
+        there.restore(trial.model, in_place=False)
         apart_total = _plus(apart_total, trial.gradient(trial.run(trial.window[begin:end], start)[0], 0))
     assert total is not None
     assert apart_total is not None

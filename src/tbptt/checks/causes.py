@@ -208,10 +208,10 @@ def of_values(trial: Trial, window: Window, sizes: list[int], message: str) -> C
     dropped = without_influence(trial, following, clone(state), there)
     steps = "single steps come" if second == 1 else f"{second} steps come at once"
     if dropped and len(dropped) == len(differentiable(state)):
-        there.restore(trial.model)
+        there.restore(trial.model, in_place=False)
         trial.model.train(trial.conditions.train)
         given = detach(trial.run(following, clone(state))[0])
-        there.restore(trial.model)
+        there.restore(trial.model, in_place=False)
         trial.model.train(trial.conditions.train)
         fresh = apart(given, detach(trial.run(following, None)[0]))
         like = (
@@ -255,12 +255,11 @@ def _depends_on_length(trial: Trial, window: Window, first: int) -> str:
 
 def _rounded(trial: Trial, state: Tree) -> str:
     """Return the tensor of the state whose numbers all have a narrower type's precision, or nothing."""
-    if trial.precision != "float64":
-        return ""
+    types = [torch.bfloat16, torch.float16] + ([torch.float32] if trial.precision == "float64" else [])
     for name, leaf in zip(leaf_names(state), tensors(state), strict=True):
         if not leaf.is_floating_point() or leaf.numel() < 4 or bool((leaf == leaf.round()).all()):
             continue  # whole numbers are whole in any type
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in types:
             if leaf.dtype == dtype or bool((leaf == leaf.to(dtype).to(leaf.dtype)).all()):
                 return f"{name} has numbers of {str(dtype).removeprefix('torch.')} only"
     return ""

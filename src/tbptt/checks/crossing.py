@@ -81,7 +81,7 @@ def without_influence(trial: Trial, following: Window, state: Tree, there: SideS
     """Return the tensors of `state` that the chunk after it does not look at, with the same random numbers."""
 
     def outputs_from(start: Tree) -> Tree:
-        there.restore(trial.model)
+        there.restore(trial.model, in_place=False)
         trial.model.train(trial.conditions.train)
         return detach(trial.run(following, start)[0])
 

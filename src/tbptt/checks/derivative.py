@@ -21,9 +21,6 @@ __all__ = ["Mismatch", "find_mismatch"]
 
 _CALLS = 64
 """The most calls that are looked at."""
-_STEP = 1e-5
-_TOLERANCE = 1e-3
-"""Of a derivative: central differences in float64 are far better, a detach or a scale is far worse."""
 _FOLLOWING = 3
 """Calls whose outputs must show it, too: a state may hold what cancels out."""
 
@@ -44,6 +41,22 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
+class _Precision:
+    """How central differences are taken: the step, the tolerance of a derivative, and the rounding of a value."""
+
+    step: float
+    tolerance: float
+    rounding: float
+
+    @staticmethod
+    def of(trial: Trial) -> _Precision:
+        """Return that of a trial: differences are far better, and a detach or a scale is far worse."""
+        if trial.precision == "float64":
+            return _Precision(step=1e-5, tolerance=1e-3, rounding=1e-13)
+        return _Precision(step=1e-2, tolerance=5e-2, rounding=1e-6)
+
+
+@dataclass(frozen=True)
 class _Start:
     step: int
     state: Tree
@@ -54,7 +67,7 @@ def find_mismatch(trial: Trial, names: tuple[str, ...]) -> Mismatch | None:
     """Return the first call of one pass that sends back something else than the derivative of what it computes.
 
     Args:
-        trial: under the conditions to ask it in; in float64.
+        trial: under the conditions to ask it in.
         names: the tensors of the state that are to be looked at.
 
     Cost: four passes in single steps, one of them backward, of at most 64 steps.
@@ -79,7 +92,7 @@ def find_mismatch(trial: Trial, names: tuple[str, ...]) -> Mismatch | None:
     if not suspects:
         return None
     only = [start for start in starts if start.step in {each.step for each in suspects}][:1]
-    return next(iter(_mismatches(trial, only, names, following)), None)
+    return suspects[0] if _mismatches(trial, only, names, following) else None
 
 
 def _mismatches(
@@ -87,11 +100,13 @@ def _mismatches(
 ) -> list[Mismatch]:
     """Return where the derivative of a function of the state before a call is not what autograd says."""
 
+    precision = _Precision.of(trial)
+
     def sweep(offset: float) -> list[float]:
         trial.restart()
         return [float(function(start, _moved(start, names, offset)).detach()) for start in starts]
 
-    above, below = sweep(_STEP), sweep(-_STEP)
+    above, below = sweep(precision.step), sweep(-precision.step)
     trial.restart()
     here: list[float] = []
     autograd: list[float] = []
@@ -106,14 +121,14 @@ def _mismatches(
         if total.requires_grad:
             found = list(torch.autograd.grad(total, [leaves[place] for place in asked], allow_unused=True))
         autograd.append(sum(_inner(each, way) for each, way in zip(found, start.direction, strict=True)))
-    differences = [(a - b) / (2 * _STEP) for a, b in zip(above, below, strict=True)]
+    differences = [(a - b) / (2 * precision.step) for a, b in zip(above, below, strict=True)]
     scale = max(map(abs, [*differences, *autograd]), default=0.0)
     wrong: list[Mismatch] = []
     for start, a, b, middle, d, g in zip(starts, above, below, here, differences, autograd, strict=True):
         size = max(abs(d), abs(g))
-        rounding = 1e-13 * (1 + abs(middle)) / _STEP
-        kink = abs(a - 2 * middle + b) / _STEP > 0.1 * _TOLERANCE * size + 4 * rounding
-        if not kink and not abs(d - g) <= _TOLERANCE * size + 1e-6 * scale + rounding:
+        rounding = precision.rounding * (1 + abs(middle)) / precision.step
+        kink = abs(a - 2 * middle + b) / precision.step > precision.tolerance * size + 4 * rounding
+        if not kink and not abs(d - g) <= precision.tolerance * (size + 1e-3 * scale) + rounding:
             wrong.append(Mismatch(start.step, g, d))
     return wrong
 

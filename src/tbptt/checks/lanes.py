@@ -155,7 +155,7 @@ def _reset_in(trial: Trial) -> tuple[float, float]:
 
 def _with_numbers_of(trial: Trial, there: SideState) -> None:
     """Go back to where the second chunk begins, with its random numbers."""
-    there.restore(trial.model)
+    there.restore(trial.model, in_place=False)
     trial.model.train(trial.conditions.train)
 
 

@@ -130,7 +130,7 @@ class Trial:
             for steps in (1, self.plans["chunks"][0]):
                 attempt(lambda steps=steps: len(self.run(self.window[:steps], None)))
         known = [dict(module.overwrites) for module in wrapped]
-        before.restore(self.model)
+        before.restore(self.model, in_place=False)
         for module, found in zip(wrapped, known, strict=True):
             module.overwrites.update(found)
         return replace(self, start=SideState.of(self.model, device=self.device))
@@ -179,7 +179,7 @@ class Trial:
     def restart(self) -> None:
         """Put random generators, buffers and attributes back to where they were at the start."""
         assert self.start is not None
-        self.start.restore(self.model)
+        self.start.restore(self.model, in_place=False)
         self.model.train(self.conditions.train)
 
     def run(self, window: Window, state: Tree | None) -> tuple[Tree, Tree]:
@@ -278,5 +278,5 @@ def _runs(model: nn.Module, inputs: Tree, sizes: Sequence[int]) -> bool:
     except Exception:  # said again, and not caught, when it is run in earnest
         return False
     finally:
-        before.restore(model)
+        before.restore(model, in_place=False)
     return True

@@ -172,9 +172,12 @@ def _aside(trial: Trial) -> Aside:
 
     def other(places: Iterable[str]) -> float:
         """Return how far the chunk is from itself, with what is kept at these places as at the start."""
-        _exchanged(there, start, places).restore(trial.model)
+        _exchanged(there, start, places).restore(trial.model, in_place=False)
         trial.model.train(trial.conditions.train)
-        return apart(usual, detach(trial.run(following, clone(state))[0]))
+        try:
+            return apart(usual, detach(trial.run(following, clone(state))[0]))
+        except Exception:  # what is kept there is needed to go on
+            return float("inf")
 
     moved = [place for place in start.differences(there) if place not in there.generators]
     moved = [place for place in moved if not _is_generator(trial, place)]
