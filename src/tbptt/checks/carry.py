@@ -65,17 +65,20 @@ def _values_in(trial: Trial, values: Values) -> tuple[CheckItem | None, str]:
         return CheckItem(name, "fail", row(found), where + cause, fix, found), ""
     note = ""
     if values.aside.statistic:
-        kept = ", ".join(place.partition(".")[2].replace(":buffers", "") for place in values.aside.places)
+        kept = ", ".join(values.aside.names)
         note = f"{where}each call moves {kept}, which all lanes share: held still here"
     refused = found["chunks"] if isinstance(found["chunks"], str) else ""
     if not values.wrong and not refused:
         return None, note
     others = [each for each in values.draws if each != "torch"]
+    why = f"draw other random numbers, of {', '.join(others)}"
+    if values.aside.statistic and values.conditions.train:
+        others, why = list(values.aside.places), f"compute other statistics: {note.removeprefix(where)}"
     with trial.under(values.conditions) as runs:
         if others and not refused and _goes_on(runs):
             return None, (
-                f"{where}one pass and chunks draw other random numbers, of {', '.join(others)}: asked instead whether "
-                "the second chunk depends on each part of the state that it is given, which it does"
+                f"{where}one pass and chunks {why}; asked instead whether the second chunk depends on each part of the "
+                "state that it is given, which it does"
             )
         label = "chunks" if "chunks" in values.wrong or refused else values.wrong[0]
         cause, fix = causes.of_values(runs, runs.window, runs.plans[label], refused)
@@ -102,6 +105,12 @@ def gradient_carry(trial: Trial, facts: Facts, calls: Calls) -> CheckItem:
     """Compare the gradient of one pass with that through chunks, and with the derivative."""
     name, chunks = "gradient carry", trial.plans["chunks"]
     begin, limit = _last_third(chunks), trial.gradient_tolerance
+    if not facts.conditions.train:
+        with trial.under(facts.training.conditions) as runs:
+            cut = measure_crossing(runs)
+            if not cut.crosses and cut.cut and _differentiated(runs, cut):
+                cause, fix = causes.of_gradients(cut, values_agree=True, detail="")
+                return CheckItem(name, "fail", "training mode: no gradient crosses", f"in training mode, {cause}", fix)
     with trial.under(facts.conditions) as runs:
         found = {label: attempt(lambda sizes=sizes: _through(runs, sizes)) for label, sizes in runs.plans.items()}
         if causes.overwritten(found):

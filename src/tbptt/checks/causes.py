@@ -108,7 +108,7 @@ def keeps(aside: Aside) -> Cause:
             "a global, a closure, or an object",
             "return all that is carried as the state",
         )
-    names = ", ".join(place.partition(".")[2].replace(":buffers", "") or place for place in aside.places[:3])
+    names = ", ".join(aside.names[:3])
     return (
         f"it keeps something inside: with {names} as at the start, a chunk that is given the same state is another "
         f"({aside.apart:.0e})",

@@ -170,10 +170,13 @@ class Trial:
         """Yield the trial under other conditions; afterwards random generators and the copy are as at the start."""
         trial = replace(self, conditions=conditions)
         trial.restart()
+        held = self.model.register_forward_pre_hook(trial._put_back) if conditions.held else None  # pyright: ignore[reportPrivateUsage]
         try:
             with steady() if conditions.steady else nullcontext():
                 yield trial
         finally:
+            if held is not None:
+                held.remove()
             trial.restart()
 
     def restart(self) -> None:
@@ -184,21 +187,21 @@ class Trial:
 
     def run(self, window: Window, state: Tree | None) -> tuple[Tree, Tree]:
         """Run the model over `window` from `state`."""
-        for place in self.conditions.held:
-            self._put_back(place)
         return unroll(self.model, window, state, None)
 
-    def _put_back(self, place: str) -> None:
-        """Give a module what it had at the start: a copy in its place, as graphs may have saved what stands there."""
+    def _put_back(self, *called: Any) -> None:
+        """Give the modules what they had at the start: copies in its place, as graphs may have saved what is there."""
+        del called  # the model that is about to be called, and its inputs
         assert self.start is not None
-        path, _, name = place.rpartition(".")
-        owner = self.model.get_submodule(path.partition(".")[2])
-        buffers: dict[str, Any] = owner._buffers  # pyright: ignore[reportPrivateUsage, reportAssignmentType]
-        room, holder = (f"{path}:buffers", buffers) if name in buffers else (path, vars(owner))
-        if name in self.start.values[room]:
-            holder[name] = put_back(self.start.values[room][name], None, {}, in_place=False)
-        else:
-            holder.pop(name, None)
+        for place in self.conditions.held:
+            path, _, name = place.rpartition(".")
+            owner = self.model.get_submodule(path.partition(".")[2])
+            buffers: dict[str, Any] = owner._buffers  # pyright: ignore[reportPrivateUsage, reportAssignmentType]
+            room, holder = (f"{path}:buffers", buffers) if name in buffers else (path, vars(owner))
+            if name in self.start.values[room]:
+                holder[name] = put_back(self.start.values[room][name], None, {}, in_place=False)
+            else:
+                holder.pop(name, None)
 
     def whole(self, window: Window | None = None) -> Tree:
         """Return the outputs of one pass, over all steps or those of `window`."""

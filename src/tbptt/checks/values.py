@@ -40,6 +40,11 @@ class Aside:
     counts: bool = False
 
     @property
+    def names(self) -> list[str]:
+        """The places as the model's own code has them."""
+        return [place.partition(".")[2] for place in self.places]
+
+    @property
     def statistic(self) -> bool:
         """Whether it is what may be kept aside: numbers of all lanes together, such as a running scale."""
         return bool(self.places) and not self.lanes and not self.counts
@@ -53,7 +58,7 @@ class Values:
         conditions: those under which they were compared, in the end.
         found: the distance of the chunks, by the name of the plan; a text where the model refused.
         finite: whether one pass is.
-        draws: where its random numbers come from, such as "torch"; empty for none.
+        draws: where its random numbers come from, such as "torch"; empty where none are, or none matter.
         dropout: the function that drops something out; empty for none.
         batch_norm: whether statistics of the batch are used.
         thresholds: whether it has operations that make steps of small changes.
@@ -94,7 +99,7 @@ class Facts:
     @property
     def conditions(self) -> Conditions:
         """Those to compare gradients under: in training mode, unless chunks draw other random numbers there."""
-        other = any(each != "torch" for each in self.training.draws)
+        other = self.training.aside.statistic or any(each != "torch" for each in self.training.draws)
         return self.still.conditions if other and not self.training.agree else self.training.conditions
 
 
@@ -141,10 +146,16 @@ def _watched(trial: Trial) -> tuple[Values, Tree]:
     except Exception:  # some compiled code does not run where it is watched; if it is the model, it says it again
         operations, functions = Operations(), Watched()
         whole = trial.whole()
-    moved = trial.start.differences(SideState.of(trial.model, device=trial.device))
-    draws = [name for name in moved if name in trial.start.generators or _is_generator(trial, name)]
+    there = SideState.of(trial.model, device=trial.device)
+    own = [place for place in trial.start.differences(there) if place not in there.generators]
+    own = [place for place in own if _is_generator(trial, place)]
+    draws = [name for name in trial.start.differences(there) if name in there.generators] + own
     if operations.random and "torch" not in draws:  # from a generator of its own
         draws.append("torch")
+    if draws:  # do they matter? With those that come next
+        _exchanged(replace(trial.start, generators=there.generators), there, own).restore(trial.model, in_place=False)
+        trial.model.train(trial.conditions.train)
+        draws = draws if apart(detach(whole), detach(trial.run(trial.window, None)[0])) > 0 else []
     found = Values(
         trial.conditions,
         draws=tuple(draws),
