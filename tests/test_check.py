@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -223,17 +225,15 @@ def test_right_models_pass(model: nn.Module) -> None:
         (OneStateForAll(), "value carry", r"wrong batch size: state (1, 1, 5) is the same for any number of lanes"),
         (WrongBatchSize(), "value carry", r"wrong batch size: state (1, 1, 5) is the same for any number of lanes"),
         (LooksAhead(), "value carry", "depend on the length of the chunk, before any state is passed"),
-        (AlwaysDropsOut(), "value carry", "a dropout that is always on"),
+        (AlwaysDropsOut(), "randomness", "a dropout that is always on (dropout)"),
         (OverwritesWithinACall(), "gradient carry", "writes in place, over what the backward pass needs"),
         (OverwritesWithinACall(), "detached training", "writes in place, over what the backward pass needs"),
         (NotFinite(), "value carry", "its outputs are not finite"),
         (KeepsMoreInside(), "value carry", "it keeps something inside"),
         (KeepsItInside(), "state", "returns no state"),
         (MixesLanes(), "lane independence", "mixes lanes"),
-        (MixesInTraining(), "lane independence", "mixes lanes"),
         (WritesInPlace(), "in-place safety", "writes in place, over what the backward pass needs"),
         (StartsElsewhere(), "reset", "state=None means something else than zeros"),
-        (Random(), "value carry", "random even in eval mode"),
         (DependsOnChunks(), "value carry", "depend on the length of the chunk"),
         (Stateless(), "state", "returns no state"),
     ],
@@ -428,3 +428,49 @@ def test_random_numbers_and_weights_are_left_alone() -> None:
     torch.manual_seed(3)
     tbptt.check(model, EXAMPLE, tbptt.TBPTT(2, 5))
     assert torch.equal(torch.randn(4), wanted)
+
+
+def test_failures_that_are_accepted_are_notes_and_unknown_names_are_refused() -> None:
+    report = tbptt.check(MixesLanes(), EXAMPLE, accept=["lane independence"])
+    item = next(item for item in report.items if item.name == "lane independence")
+    assert report
+    assert item.verdict == "note"
+    assert item.detail.startswith("accepted: ")
+    assert "mixes lanes" in item.cause
+    assert not tbptt.check(MixesLanes(), EXAMPLE, accept=["reset"])
+    with pytest.raises(ConfigError, match="'lanes' came"):
+        tbptt.check(MixesLanes(), EXAMPLE, accept=["lanes"])
+
+
+def trained(model: nn.Module, **settings: object) -> int:
+    stream = tbptt.ArrayStream(torch.randn(160, 2), torch.randn(160, 5), lanes=2)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    return tbptt.Trainer(model, nn.MSELoss(), sgd, tbptt.TBPTT(8, 8), stream, **settings).run(passes=1).updates
+
+
+def test_the_trainer_trains_with_what_is_accepted_and_with_batch_normalisation() -> None:
+    assert trained(MixesLanes(), accept=["lane independence"]) == 10
+    assert trained(MixesInTraining()) == 10
+    with pytest.raises(CheckError, match="mixes lanes"):
+        trained(MixesLanes())
+    with pytest.raises(ConfigError, match="nothing would be asked"):
+        trained(MixesLanes(), accept=["lane independence"], checked=False)
+    with pytest.raises(ConfigError, match="'lanes' came"):
+        trained(MixesLanes(), accept=["lanes"])
+
+
+def test_windows_that_the_example_is_too_short_for_are_said_to_be_untried() -> None:
+    report = tbptt.check(Base(), EXAMPLE, tbptt.TBPTT(64, 64))
+    assert report
+    assert "not tried: windows of 64 steps: the example has 24, and 72 are needed" in report.tried
+    assert "windows of 64 steps" in tbptt.check(Base(), torch.randn(80, 2, 2), tbptt.TBPTT(64, 64)).tried
+
+
+def test_random_generators_of_numpy_and_python_are_left_alone() -> None:
+    np.random.seed(3)
+    random.seed(3)
+    wanted = np.random.rand(), random.random()
+    np.random.seed(3)
+    random.seed(3)
+    tbptt.check(Base(), EXAMPLE)
+    assert (np.random.rand(), random.random()) == wanted

@@ -7,6 +7,7 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -200,6 +201,27 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor], seen: set
             _collect(child, f"{prefix}{name}.", found, seen)
 
 
+_HOLD = (dict, list, tuple)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model, also of one that keeps what it computed last.
+
+    torch copies no tensor that is in a graph, such as the weights that `nn.utils.weight_norm` leaves as an attribute:
+    those are copied without it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            inside: list[Any] = (
+                list(value.values() if type(value) is dict else value) if type(value) in _HOLD else [value]
+            )
+            for each in inside:
+                if isinstance(each, Tensor) and not each.is_leaf:
+                    memo[id(each)] = each.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that require a gradient, by name."""
     return {name: value for name, value in named_parameters(model).items() if value.requires_grad}
@@ -341,7 +363,7 @@ def _one_lane_more(inputs: Tree) -> Tree:
 def _state_shapes(model: nn.Module, inputs: Tree) -> list[list[tuple[int, ...]]]:
     """Return the shapes of the state's tensors after one call and after two; empty if it cannot be run."""
     shapes: list[list[tuple[int, ...]]] = []
-    with fork_random(tensors(inputs)[0].device), torch.no_grad(), left_as_it_was(model):
+    with fork_random(tensors(inputs)[0].device), torch.enable_grad(), left_as_it_was(model):  # some need a gradient
         try:
             state = initial_state(model, tensors(inputs)[0].shape[1])
             for _ in range(2):

@@ -83,14 +83,15 @@ class SideState:
             return like
         return SideState(generators, like.values if unmoved else values)
 
-    def restore(self, *modules: nn.Module) -> None:
+    def restore(self, *modules: nn.Module, in_place: bool = True) -> None:
         """Put the generators and the modules back to it for good; an attribute that has come since is deleted.
 
         Tensors are written to in place, so that whoever else holds them sees it; those that have not changed are not
-        written to, as graphs may have saved them.
+        written to, as graphs may have saved them. Without `in_place` copies are put in their places: what a model keeps
+        may be a view of its inputs.
         """
         _set_global_generators(self.generators)
-        self._install(modules, in_place=True)
+        self._install(modules, in_place=in_place)
 
     def differences(self, other: SideState) -> list[str]:
         """Return where two of them differ: names of global generators, then places in modules as "0.core.scale"."""

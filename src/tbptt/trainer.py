@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.checkpoint import Checkpoints, Loaded, refuse_other, weights_of
-from tbptt.checks import check_on_stream
+from tbptt.checks import check_on_stream, known_items
 from tbptt.distributed import refuse_ranks
 from tbptt.errors import AlarmWarning, CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
@@ -132,6 +132,7 @@ class Trainer:
         held_out: what to validate on.
         saving: when to write checkpoints.
         checked: whether to check the model first. Leave it on.
+        accept: items of the check whose failure does not stop the training, such as "lane independence".
 
     Example:
         >>> from tbptt.estimators import TBPTT
@@ -159,10 +160,12 @@ class Trainer:
         held_out: HeldOut | None = None,
         saving: Saving | None = None,
         checked: bool = True,
+        accept: Sequence[str] = (),
     ) -> None:
         refuse_ranks("Trainer")
         self.model, self.loss, self.optimizer = model, StepLoss.of(loss), optimizer
         self.estimator, self.stream, self.seed, self.checked = estimator, stream, seed, checked
+        self.accept = known_items(accept, checked=checked)
         self.guards = check_guards([NonFinite("raise")] if guards is None else guards, estimator)
         self.scheduler, self.held_out, self.saving = scheduler, held_out, saving or Saving()
         if isinstance(scheduler, ReduceLROnPlateau) and held_out is None:
@@ -255,7 +258,7 @@ class Trainer:
             if self.checked:
                 estimator = self.estimator.fixed(self.carry)
                 steps = estimator.next_steps(self.carry)
-                report = check_on_stream(self.model, self.stream, estimator, steps)
+                report = check_on_stream(self.model, self.stream, estimator, steps, self.accept)
                 report.raise_if_failed()
                 limits = [item.detail for item in report.items if item.name == "exactness"]
             self._begun = True

@@ -10,19 +10,20 @@ from tbptt.checks import causes
 from tbptt.checks.precision import apart, project
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial, row
-from tbptt.model import trainable_parameters
-from tbptt.tree import Tree, as_leaves, differentiable, leaf_names, num_bytes, tensors, tree_map
+from tbptt.checks.values import Facts, exceeds
+from tbptt.side_state import SideState
+from tbptt.tree import Tree, as_leaves, clone, detach, leaf_names, leaves, num_bytes, replace_tensors, tensors, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["in_place_safety", "lane_independence", "reset", "state"]
+__all__ = ["batch_norm", "in_place_safety", "lane_independence", "randomness", "reset", "state"]
 
 
 def state(trial: Trial) -> CheckItem:
     """Ask whether it returns a state at all, and of what."""
-    with trial.mode(train=False), torch.no_grad():
-        _, found = trial.run(trial.window, None)
-    if not differentiable(found):
+    trial.restart()
+    _, found = trial.run(trial.window, None)
+    if not tensors(found):
         return CheckItem("state", "fail", "none", *causes.NO_STATE)
     dims = trial.dims or ("?",) * len(tensors(found))
     shapes = [
@@ -34,63 +35,166 @@ def state(trial: Trial) -> CheckItem:
     return CheckItem("state", "ok", f"{type(found).__name__}, {size:.1f} KiB a lane here: {shown}")
 
 
-def in_place_safety(trial: Trial) -> CheckItem:
+def in_place_safety(trial: Trial, facts: Facts) -> CheckItem:
     """Run two chunks before one backward pass, as a look-back over several windows does."""
     name, detail = "in-place safety", "two chunks, then both backward"
     half = trial.window.steps - trial.plans["chunks"][-1]
-    parameters = list(trainable_parameters(trial.model).values())
-    with trial.mode(train=True):
-        outputs, found = trial.run(trial.window[:half], None)
-        later, _ = trial.run(trial.window[half:], as_leaves(found))
+    with trial.under(facts.conditions) as runs:
+        parameters = list(runs.parameters.values())
+        runs.restart()
+        outputs, found = runs.run(runs.window[:half], None)
+        later, _ = runs.run(runs.window[half:], as_leaves(found))
         try:
             for each in (outputs, later):
                 torch.autograd.grad(project(each, 0), parameters, allow_unused=True)
         except RuntimeError as error:
             first = f"RuntimeError: {str(error).splitlines()[0]}"
-            return CheckItem(name, "fail", detail, *causes.overwrites(first))
-    kinds = [kind for kind, yes in trial.model.overwrites.items() if yes] if isinstance(trial.model, Stateful) else []
+            cause = causes.overwrites(first) if causes.overwritten({"": first}) else causes.unknown(first)
+            return CheckItem(name, "fail", detail, *cause)
+        model = runs.model
+        kinds = [kind for kind, yes in model.overwrites.items() if yes] if isinstance(model, Stateful) else []
     if kinds:
         detail += f"; protected, as it overwrites what its backward pass needs, in calls of {' and '.join(kinds)}"
     return CheckItem(name, "ok", detail)
 
 
-def lane_independence(trial: Trial) -> CheckItem:
+def lane_independence(trial: Trial, facts: Facts) -> CheckItem:
     """Change the inputs of lane 0 and look at the others."""
     name = "lane independence"
-    if trial.window.lanes == 1:
+    if trial.wide.lanes == 1:
         return CheckItem(name, "ok", "one lane in the example: nothing to mix")
-    other = tree_map(_disturb_lane_0, trial.window.inputs)
+    other = Window(tree_map(_disturb_lane_0, trial.wide.inputs))
     found: dict[str, float | str] = {}
-    for label, train in (("eval", False), ("train", True)):
-        results: list[list[Tensor]] = []
-        for inputs in (trial.window.inputs, other):
-            with trial.mode(train=train), torch.no_grad():
-                torch.manual_seed(0)  # the same dropout in both
-                results.append(_other_lanes(trial, *trial.run(Window(inputs), None)))
+    for label, values in (("eval", facts.still), ("train", facts.training)):
+        with trial.under(values.conditions) as runs:
+            results: list[list[Tensor]] = []
+            for window in (runs.wide, other):  # with the same random numbers in both
+                runs.restart()
+                results.append(_other_lanes(runs, *detach(runs.run(window, None))))
         found[label] = apart(*results)
     if all(isinstance(value, float) and value <= trial.value_tolerance for value in found.values()):
         return CheckItem(name, "ok", row(found), measured=found)
-    return CheckItem(name, "fail", row(found), *causes.MIXES_LANES, found)
+    cause, fix = causes.MIXES_LANES
+    still = not exceeds(found["eval"], trial.value_tolerance)
+    if still and facts.training.aside.statistic:
+        kept = ", ".join(facts.training.aside.names)
+        why = f"in training mode lanes share {kept}, which each call moves, as batch normalisation does"
+        return CheckItem(name, "note", f"{row(found)}; {why}", measured=found)
+    only = "in training mode, " if still else ""
+    return CheckItem(name, "fail", row(found), only + cause, fix, found)
 
 
-def reset(trial: Trial) -> CheckItem:
-    """Reset lane 0 in the middle and compare it with a fresh start there."""
-    name, middle = "reset", trial.plans["chunks"][0]
+def batch_norm(trial: Trial, facts: Facts) -> CheckItem | None:
+    """Say what batch normalisation means for training in windows; None for a model without any."""
+    del trial  # it has been seen while values were measured
+    if not facts.training.batch_norm:
+        return None
+    return CheckItem(
+        "batch norm",
+        "note",
+        "in training mode it mixes the lanes and the steps of a call: its mean and variance are those of all of them, "
+        "so that k1 and the number of lanes are part of what is computed; its running statistics move once for a step "
+        "of the stream. All else is asked with the running statistics",
+    )
+
+
+def randomness(trial: Trial, facts: Facts) -> CheckItem | None:
+    """Say where random numbers come from; None for a model that draws none."""
+    del trial  # it has been seen while values were measured
+    still, training = facts.still, facts.training
+    if not still.draws and not training.draws:
+        return None
+    said = [
+        f"in {mode} mode from {', '.join(values.draws)}"
+        + (", held still to compare" if values.conditions.steady else "")
+        for mode, values in (("eval", still), ("training", training))
+        if values.draws
+    ]
+    detail = "; ".join(said)
+    if still.dropout:
+        cause = f"its outputs are random even in eval mode: a dropout that is always on ({still.dropout})"
+        return CheckItem("randomness", "fail", detail, cause, "torch.nn.functional.dropout(x, p, self.training)")
+    if still.draws:
+        detail += ": its outputs are random even in eval mode, so that an evaluation is one sample"
+    return CheckItem("randomness", "note" if still.draws else "ok", detail)
+
+
+def reset(trial: Trial, facts: Facts) -> CheckItem:
+    """Reset lane 0 in the middle and compare it with a fresh start there, in both modes."""
+    name = "reset"
     if trial.window.lanes > 1 and (trial.dims is None or None in trial.dims):
         why = "part of its state has no lanes of its own, or grows with every step"
         return CheckItem(name, "note", f"all lanes together only: {why}")
-    flags = torch.zeros_like(trial.window.reset)
+    found: dict[str, float | str] = {}
+    for where, values in (("", facts.still), ("in training ", facts.training)):
+        with trial.under(values.conditions) as runs:
+            lane, others = _reset_in(runs)
+            found |= {f"{where}reset lane": lane, f"{where}others": others}
+            if not max(lane, others) <= trial.value_tolerance:
+                cause, fix = _why_not(runs, lane, others)
+                return CheckItem(
+                    name, "fail", row(found), where.replace("training ", "training mode, ") + cause, fix, found
+                )
+    return CheckItem(name, "ok", row(found), measured=found)
+
+
+def _reset_in(trial: Trial) -> tuple[float, float]:
+    """Return how far the lane that is reset is from a fresh start, and the others from what they are without it."""
+    middle, window = trial.plans["chunks"][0], trial.window
+    flags = torch.zeros_like(window.reset)
     flags[middle, 0] = True
-    with trial.mode(train=False), torch.no_grad():
-        uncut = trial.chunks([middle, trial.window.steps - middle])  # in two calls, as the reset makes it
-        fresh, _ = trial.run(trial.window[middle:], None)
-        cut, _ = unroll(trial.model, Window(trial.window.inputs, reset=flags), None, trial.dims)
+    trial.restart()
+    before, start = trial.run(window[:middle], None)  # in two calls, as the reset makes it
+    there = SideState.of(trial.model, device=trial.device)
+    uncut = detach(trial.run(window[middle:], clone(start))[0])
+    _with_numbers_of(trial, there)
+    fresh = detach(trial.run(window[middle:], None)[0])
+    trial.restart()
+    cut, _ = unroll(trial.model, Window(window.inputs, reset=flags), None, trial.dims)
+    del before
+    cut = detach(cut)
     lane = apart(tree_map(lambda leaf: leaf[:, :1], fresh), tree_map(lambda leaf: leaf[middle:, :1], cut))
-    others = apart(tree_map(lambda leaf: leaf[:, 1:], uncut), tree_map(lambda leaf: leaf[:, 1:], cut))
-    found: dict[str, float | str] = {"reset lane": lane, "others": others}
-    if max(lane, others) <= trial.value_tolerance:
-        return CheckItem(name, "ok", row(found), measured=found)
-    return CheckItem(name, "fail", row(found), *causes.STARTS_ELSEWHERE, found)
+    others = apart(tree_map(lambda leaf: leaf[:, 1:], uncut), tree_map(lambda leaf: leaf[middle:, 1:], cut))
+    return lane, others
+
+
+def _with_numbers_of(trial: Trial, there: SideState) -> None:
+    """Go back to where the second chunk begins, with its random numbers."""
+    there.restore(trial.model, in_place=False)
+    trial.model.train(trial.conditions.train)
+
+
+def _why_not(trial: Trial, lane: float, others: float) -> causes.Cause:
+    """Return why a lane does not start anew, or what becomes of the others."""
+    middle, window = trial.plans["chunks"][0], trial.window
+    trial.restart()
+    _, old = trial.run(window[:middle], None)
+    there = SideState.of(trial.model, device=trial.device)
+    _with_numbers_of(trial, there)
+    fresh, first = detach(trial.run(window[middle:], None))
+    if [each for each in leaves(old) if not isinstance(each, Tensor)] != [
+        each for each in leaves(first) if not isinstance(each, Tensor)
+    ] or _plain_counts(trial, old):
+        return (
+            "a number in its state is shared by all lanes: it is no tensor, and goes on where one lane begins anew",
+            "keep it as a tensor with a lane dimension: torch.zeros(lanes, dtype=torch.int64)",
+        )
+    if others > trial.value_tolerance:
+        return causes.unknown(f"the lanes that go on change when another is reset ({others:.0e})")
+    zeros = tree_map(torch.zeros_like, clone(old))
+    _with_numbers_of(trial, there)
+    from_zeros = apart(fresh, detach(trial.run(window[middle:], replace_tensors(old, tensors(zeros)))[0]))
+    if from_zeros > trial.value_tolerance:
+        return causes.STARTS_ELSEWHERE
+    return causes.unknown(f"a lane that is reset is not one that starts anew ({lane:.0e}), though zeros are its start")
+
+
+def _plain_counts(trial: Trial, old: Tree) -> bool:
+    """Tell whether a plain number of the state moves from call to call."""
+    middle = trial.plans["chunks"][0]
+    _, later = trial.run(trial.window[:middle], clone(old))
+    numbers = [[each for each in leaves(tree) if not isinstance(each, Tensor)] for tree in (old, later)]
+    return numbers[0] != numbers[1]
 
 
 def _other_lanes(trial: Trial, outputs: Tree, found: Tree) -> list[Tensor]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from tbptt.checks.causes import disturbed
+from tbptt.checks.crossing import disturbed
 from tbptt.checks.precision import apart, project
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial
+from tbptt.checks.values import Facts
 from tbptt.pathways import pathways_of
 from tbptt.tree import as_leaves, copy, differentiable, replace_tensors, tensors
 
 __all__ = ["pathways"]
 
 
-def pathways(trial: Trial) -> CheckItem | None:
+def pathways(trial: Trial, facts: Facts) -> CheckItem | None:
     """Tell for each way whether the second chunk depends on it, and a gradient comes back; None for a single way.
 
     A way along which values come and no gradient goes back is noted: its model may be meant so, as Transformer-XL is,
@@ -22,7 +23,7 @@ def pathways(trial: Trial) -> CheckItem | None:
     """
     first, second = trial.plans["chunks"][:2]
     following = trial.window[first : first + second]
-    with trial.mode(train=False):
+    with trial.under(facts.still.conditions) as trial:
         _, state = trial.run(trial.window[:first], None)
         found = pathways_of(trial.model, state)
         if not found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbptt.errors import ShapeError
-from tbptt.model import fork_random, left_as_it_was
+from tbptt.model import copy_model, fork_random, left_as_it_was
 from tbptt.tree import Tree, differentiable, leaves, tensors, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -37,11 +36,11 @@ def in_double(model: nn.Module, inputs: Tree) -> tuple[nn.Module, Tree] | None:
         return None
     wide = cast_inputs(inputs, torch.float64)
     try:
-        with torch.no_grad():
-            unroll(copy.deepcopy(model).double(), Window(wide), None, None)
+        with torch.enable_grad():  # some models ask for a gradient inside
+            unroll(copy_model(model).double(), Window(wide), None, None)
     except Exception:  # it fixes a dtype inside, or the device has no float64; else the original says it again
         return None
-    return copy.deepcopy(model).double(), wide
+    return copy_model(model).double(), wide
 
 
 def cast_inputs(inputs: Tree, dtype: torch.dtype) -> Tree:
@@ -92,7 +91,7 @@ class _Watch(TorchDispatchMode):
 
 def computes_narrower(model: nn.Module, inputs: Tree) -> bool:
     """Tell whether a model in double precision computes some of its parts in a narrower one."""
-    with torch.no_grad(), left_as_it_was(model), _Watch() as watch:
+    with torch.enable_grad(), left_as_it_was(model), _Watch() as watch:
         unroll(model, Window(inputs), None, None)
     return watch.narrow
 

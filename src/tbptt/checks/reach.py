@@ -8,7 +8,6 @@ Letters: T time, B lanes, N steps of the whole experiment, G groups of steps.
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial
 from tbptt.estimators.base import Carry, Estimator
-from tbptt.model import fork_random, initial_state, trainable_parameters, with_parameters
+from tbptt.model import copy_model, fork_random, initial_state, trainable_parameters, with_parameters
 from tbptt.pathways import segment_steps
 from tbptt.tree import Tree, tensors, time_cat, time_slice, tree_map
 from tbptt.unroll import unroll
@@ -73,6 +72,8 @@ def reach(trial: Trial, estimator: Estimator, *, takes_steps: bool) -> CheckItem
     if copies * sum(each.numel() for each in trainable_parameters(trial.model).values()) > WEIGHTS_BUDGET:
         return CheckItem("reach", "ok", f"not measured here: it takes {copies} copies of the weights")
     one_lane = tree_map(lambda leaf: leaf[:, :1], trial.window.inputs)
+    trial.restart()
+    trial.model.eval()
     injected = [step for step, each in enumerate(asked) if each]
     found = measure_reach(trial.model, one_lane, estimator, sorted({injected[0], injected[-1]}))
     detail = "; ".join(f"{each.asked} steps asked, {each.measured} measured" for each in found)
@@ -89,7 +90,7 @@ class _Probe(nn.Module):
 
     def __init__(self, model: nn.Module, groups: int) -> None:
         super().__init__()
-        self.held = [copy.deepcopy(model)]  # in a list: its parameters are not this module's
+        self.held = [copy_model(model)]  # in a list: its parameters are not this module's
         self.weights = {name: value.detach() for name, value in trainable_parameters(model).items()}
         scale = {name: value.abs().mean() + 1e-3 for name, value in self.weights.items()}
         self.direction = {name: torch.randn_like(value) * scale[name] for name, value in self.weights.items()}
@@ -136,7 +137,7 @@ def measure_reach(
 
     Cost: about N / k1 + len(positions) estimates, N = k1 + the longest reach asked for, rounded up.
     """
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     estimator.prepare(model, inputs)
     steps = estimator.next_steps(estimator.init(model, tensors(inputs)[0].shape[1]))
     asked, before = _asked(estimator, steps)

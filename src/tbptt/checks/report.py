@@ -19,7 +19,8 @@ class CheckItem:
 
     Args:
         name: the question.
-        verdict: "ok"; "note", for a limit that the model itself speaks of (it raises); or "fail".
+        verdict: "ok"; "note", for a limit that the model itself speaks of (it raises), or what is good to know, or a
+            failure that is accepted; or "fail".
         detail: what was measured, against what.
         cause: for a failure: the fault, as far as it is known.
         fix: for a failure: what to do, as code.

@@ -9,7 +9,8 @@ import torch
 from tbptt.checks.precision import apart, distance, half_precision
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial, attempt, row
-from tbptt.tree import time_slice
+from tbptt.checks.values import Facts
+from tbptt.tree import detach, time_slice
 
 __all__ = ["rounding"]
 
@@ -17,7 +18,7 @@ _TIMES = 4
 """How much farther from the exact result chunks may be than one pass: they run other kernels, in another order."""
 
 
-def rounding(trial: Trial) -> CheckItem:
+def rounding(trial: Trial, facts: Facts) -> CheckItem:
     """Compare the model in its own 16 bits, in one pass and in chunks, with the copy in double precision.
 
     To be asked of a model that has passed everything else: the copy has shown whether the state is carried at all.
@@ -28,7 +29,8 @@ def rounding(trial: Trial) -> CheckItem:
     if half is None:
         return CheckItem("rounding", "ok", "")
     eps = torch.finfo(half_precision(half.model) or torch.float16).eps
-    with trial.mode(train=False), half.mode(train=False):
+    conditions = facts.still.conditions
+    with trial.under(conditions) as trial, half.under(conditions) as half:
         values = _errors(trial, half, lambda sizes: _value(trial, half, sizes))
         gradients = _errors(trial, half, lambda sizes: _gradient(trial, half, sizes))
     measured = {
@@ -64,22 +66,20 @@ def _errors(trial: Trial, half: Trial, error: Callable[[Sequence[int]], float]) 
 
 
 def _runs(trial: Trial, sizes: Sequence[int]) -> float:
-    with torch.no_grad():
-        trial.chunks(sizes)
+    trial.values(sizes)
     return 0.0
 
 
 def _value(trial: Trial, half: Trial, sizes: Sequence[int]) -> float:
-    with torch.no_grad():
-        exact = time_slice(trial.run(trial.window, None)[0], 0, sum(sizes))
-        return apart(exact, half.chunks(sizes))
+    exact = time_slice(detach(trial.whole()), 0, sum(sizes))
+    return apart(exact, half.values(sizes))
 
 
 def _gradient(trial: Trial, half: Trial, sizes: Sequence[int]) -> float:
     """Return the distance of the gradient of the last third from that of one pass of the copy."""
     steps = sum(sizes)
     begin = steps - max(1, steps // 3)
-    exact = trial.gradient(trial.run(trial.window[:steps], None)[0], begin)
+    exact = trial.gradient(trial.whole(trial.window[:steps]), begin)
     return distance(exact, [each.double() for each in half.gradient(half.chunks(sizes), begin)])
 
 

@@ -5,15 +5,17 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tbptt.adapters import Stateful
+from tbptt.checks.plans import MAX_LANES, TOLD_LANES, cut_into, other_sizes, sizes_of
 from tbptt.checks.precision import (
     apart,
     cast_inputs,
@@ -23,17 +25,34 @@ from tbptt.checks.precision import (
     in_double,
     project,
 )
-from tbptt.errors import ConfigError, ShapeError
-from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
+from tbptt.checks.steady import steady
+from tbptt.copies import put_back
+from tbptt.model import copy_model, find_lane_dims, trainable_parameters
 from tbptt.pathways import segment_steps
+from tbptt.side_state import SideState
 from tbptt.tree import LaneDims, Tree, detach, time_cat, time_slice, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["Trial", "attempt", "row"]
+__all__ = ["Conditions", "Trial", "attempt", "row"]
 
-MAX_STEPS, MAX_LANES = 24, 4
-"""What of the example is used, unless its chunks are given: enough to see every fault, little enough for a second."""
+SMALL = 2**16
+"""Of a model with more numbers than this, gradients are taken for the smaller parameters, those of each module."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what the runs that are compared are made.
+
+    Args:
+        train: in training mode; else in eval mode.
+        steady: torch's random numbers, and the statistics of batch normalisation, are held still.
+        held: places of the side state that are put back before each call of the model.
+    """
+
+    train: bool = False
+    steady: bool = False
+    held: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,23 +61,31 @@ class Trial:
 
     Args:
         model: the copy; in double precision where the model allows that.
-        window: the example; its inputs only.
+        window: the example, of two lanes; its inputs only.
         plans: the ways to cut it, by name: lengths of consecutive chunks, from its first step on. "elsewhere", in
             place of single steps, for a model that says that it is cut into segments: it is to refuse that.
+        wide: the same steps with up to four lanes.
+        long: all steps of the example.
         dims: the lane dimensions of the state.
         value_tolerance: the relative difference below which two outputs count as one.
         gradient_tolerance: the same for two gradients.
         precision: in words.
+        start: random generators, buffers and attributes as they are before every run that begins a sequence.
+        conditions: those of the runs.
         half: the same in the model's own precision, where that is of 16 bits and the copy is in another.
     """
 
     model: nn.Module
     window: Window
     plans: dict[str, list[int]]
+    wide: Window
+    long: Window
     dims: LaneDims | None = None
     value_tolerance: float = 1e-8
     gradient_tolerance: float = 1e-8
     precision: str = "float64"
+    start: SideState | None = None
+    conditions: Conditions = Conditions()
     half: Trial | None = None
 
     @staticmethod
@@ -69,42 +96,54 @@ class Trial:
             ShapeError: the example is too short for its chunks, or to be cut at all.
             ConfigError: chunks that are none.
         """
-        sizes = _sizes(example, chunks, segment_steps(model))
+        sizes = sizes_of(example.steps, chunks, segment_steps(model))
         device = next(model.parameters()).device
-        inputs = to(tree_map(lambda leaf: leaf[: sum(sizes), :MAX_LANES], example.inputs), device)
-        if chunks is None and not _runs(model, inputs, sizes):  # some take certain lengths only
-            whole = to(tree_map(lambda leaf: leaf[:, :MAX_LANES], example.inputs), device)
-            sizes = next((each for each in _others(example.steps) if _runs(model, whole, each)), sizes)
-            inputs = time_slice(whole, 0, sum(sizes))
-        plans = _plans(sizes, segment_steps(model))
-        as_is = Trial(copy.deepcopy(model), Window(inputs), plans, None, 1e-4, 1e-4, "its own precision")
+        whole = to(tree_map(lambda leaf: leaf[:, :MAX_LANES], example.inputs), device)
+        copied = copy_model(model)
+        if chunks is None and not _runs(copied, time_slice(whole, 0, sum(sizes)), sizes):  # some take certain lengths
+            sizes = next((each for each in other_sizes(example.steps) if _runs(copied, whole, each)), sizes)
+        as_is = _trial(copied, whole, sizes)
+        as_is = replace(as_is, value_tolerance=1e-4, gradient_tolerance=1e-4, precision="its own precision")
         half = half_precision(model)
         if half is not None:  # a step rounds by eps / 2, and one way to a result differs from another in several
             limit = 8 * torch.finfo(half).eps
             as_is = replace(as_is, value_tolerance=limit, gradient_tolerance=limit)
-        doubled = in_double(as_is.model, inputs)
+        doubled = in_double(as_is.model, as_is.wide.inputs)
         if doubled is None:
             trial = as_is
         else:
-            trial = Trial(doubled[0], Window(doubled[1]), plans)
+            trial = _trial(doubled[0], cast_inputs(whole, torch.float64), sizes)
             trial = trial.tolerant(as_is.in_single() if half else as_is) if computes_narrower(*doubled) else trial
-            trial = trial if half is None else replace(trial, half=as_is)
-        return replace(trial, dims=find_lane_dims(trial.model, trial.window.inputs))
+            trial = trial if half is None else replace(trial, half=as_is.begun())
+        return replace(trial, dims=find_lane_dims(trial.model, trial.window.inputs)).begun()
 
     def in_single(self) -> Trial:
         """Return the trial of a copy in single precision."""
-        inputs = cast_inputs(self.window.inputs, torch.float32)
-        return replace(self, model=copy.deepcopy(self.model).float(), window=Window(inputs))
+        inputs = [Window(cast_inputs(each.inputs, torch.float32)) for each in (self.window, self.wide, self.long)]
+        return replace(self, model=copy_model(self.model).float(), window=inputs[0], wide=inputs[1], long=inputs[2])
+
+    def begun(self) -> Trial:
+        """Return the trial with its start; what wrappers of `tbptt.stateful` find out is found out before."""
+        before = SideState.of(self.model, device=self.device)
+        wrapped = [module for module in self.model.modules() if isinstance(module, Stateful)]
+        if wrapped:
+            for steps in (1, self.plans["chunks"][0]):
+                attempt(lambda steps=steps: len(self.run(self.window[:steps], None)))
+        known = [dict(module.overwrites) for module in wrapped]
+        before.restore(self.model, in_place=False)
+        for module, found in zip(wrapped, known, strict=True):
+            module.overwrites.update(found)
+        return replace(self, start=SideState.of(self.model, device=self.device))
 
     def tolerant(self, single: Trial) -> Trial:
         """Return the trial of a model parts of which stay in single precision, whatever it is asked for.
 
         What rounding does to it is measured: the distance of the same pass in single precision.
         """
-        with self.mode(train=False), single.mode(train=False):
-            outputs = [each.run(each.window, None)[0] for each in (self, single)]
-            value = apart(*outputs)
-            gradient = attempt(lambda: self._gradient_apart(single, outputs))
+        pair = [each.begun() for each in (self, single)]
+        outputs = [each.whole() for each in pair]
+        value = apart(detach(outputs[0]), detach(outputs[1]))
+        gradient = attempt(lambda: pair[0]._gradient_apart(pair[1], outputs))
         # Rounding differs from one way to the next by more than from one precision to the next; never by 1e-3.
         noises = (value, gradient if isinstance(gradient, float) else value)
         limits = [min(1e-3, max(1e-6, 30 * noise)) for noise in noises]
@@ -116,35 +155,96 @@ class Trial:
         return distance(gradients[0], [leaf.double() for leaf in gradients[1]])
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
     def tried(self) -> str:
         """What the model is tried on, in words."""
         lanes = f"{self.window.lanes} lane" + ("s" if self.window.lanes > 1 else "")
         return f"{lanes} of {'+'.join(map(str, self.plans['chunks']))} steps, in {self.precision}"
 
+    @contextmanager
+    def under(self, conditions: Conditions) -> Generator[Trial]:
+        """Yield the trial under other conditions; afterwards random generators and the copy are as at the start."""
+        trial = replace(self, conditions=conditions)
+        trial.restart()
+        held = self.model.register_forward_pre_hook(trial._put_back) if conditions.held else None  # pyright: ignore[reportPrivateUsage]
+        try:
+            with steady() if conditions.steady else nullcontext():
+                yield trial
+        finally:
+            if held is not None:
+                held.remove()
+            trial.restart()
+
+    def restart(self) -> None:
+        """Put random generators, buffers and attributes back to where they were at the start."""
+        assert self.start is not None
+        self.start.restore(self.model, in_place=False)
+        self.model.train(self.conditions.train)
+
     def run(self, window: Window, state: Tree | None) -> tuple[Tree, Tree]:
         """Run the model over `window` from `state`."""
         return unroll(self.model, window, state, None)
 
-    def chunks(self, sizes: Sequence[int], *, forget: bool = False, cut: bool = False) -> Tree:
+    def _put_back(self, *called: Any) -> None:
+        """Give the modules what they had at the start: copies in its place, as graphs may have saved what is there."""
+        del called  # the model that is about to be called, and its inputs
+        assert self.start is not None
+        for place in self.conditions.held:
+            path, _, name = place.rpartition(".")
+            owner = self.model.get_submodule(path.partition(".")[2])
+            buffers: dict[str, Any] = owner._buffers  # pyright: ignore[reportPrivateUsage, reportAssignmentType]
+            room, holder = (f"{path}:buffers", buffers) if name in buffers else (path, vars(owner))
+            if name in self.start.values[room]:
+                holder[name] = put_back(self.start.values[room][name], None, {}, in_place=False)
+            else:
+                holder.pop(name, None)
+
+    def whole(self, window: Window | None = None) -> Tree:
+        """Return the outputs of one pass, over all steps or those of `window`."""
+        self.restart()
+        return self.run(self.window if window is None else window, None)[0]
+
+    def chunks(
+        self, sizes: Sequence[int], *, forget: bool = False, cut: bool = False, window: Window | None = None
+    ) -> Tree:
         """Return the outputs of consecutive chunks; without passing the state on, or its graph, if asked."""
+        self.restart()
         state, pieces = None, []
         for begin, end in pairwise([0, *accumulate(sizes)]):
-            outputs, state = self.run(self.window[begin:end], None if forget else state)
+            outputs, state = self.run((window or self.window)[begin:end], None if forget else state)
             state = detach(state) if cut else state
             pieces.append(outputs)
         return time_cat(pieces)
 
-    def gradient(self, outputs: Tree, begin: int) -> list[Tensor]:
-        """Return the gradient of a random direction of the outputs from step `begin` on."""
-        parameters = list(trainable_parameters(self.model).values())
-        return list(torch.autograd.grad(project(outputs, begin), parameters, materialize_grads=True))
+    def values(self, sizes: Sequence[int], *, forget: bool = False, window: Window | None = None) -> Tree:
+        """Return the outputs of consecutive chunks, without any graph."""
+        return detach(self.chunks(sizes, forget=forget, cut=True, window=window))
 
-    @contextmanager
-    def mode(self, *, train: bool) -> Generator[None]:
-        """Put the copy into a mode; afterwards its buffers and attributes are as before."""
-        self.model.train(train)
-        with left_as_it_was(self.model):
-            yield
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those whose gradients are compared: all of a small model; of a large one the small ones, and one a module."""
+        every = trainable_parameters(self.model)
+        smallest: dict[str, str] = {}
+        for name, value in every.items():
+            owner = name.rpartition(".")[0]
+            if owner not in smallest or value.numel() < every[smallest[owner]].numel():
+                smallest[owner] = name
+        few = sum(value.numel() for value in every.values()) <= SMALL
+        return {
+            name: value
+            for name, value in every.items()
+            if few or name in smallest.values() or value.numel() <= SMALL // 16
+        }
+
+    def gradient(self, outputs: Tree, begin: int, scale: float = 1.0, *, keep: bool = False) -> list[Tensor]:
+        """Return the gradient of a random direction of the outputs from step `begin` on."""
+        total = project(outputs, begin) * scale
+        found = torch.autograd.grad(total, list(self.parameters.values()), retain_graph=keep, materialize_grads=True)
+        return [each.to_dense() if each.layout != torch.strided else each for each in found]
 
 
 def attempt(measure: Callable[[], float]) -> float | str:
@@ -163,74 +263,23 @@ def row(values: Mapping[str, float | str]) -> str:
     return ", ".join(shown)
 
 
-def _sizes(example: Window, chunks: Sequence[int] | None, segment: int) -> list[int]:
-    if chunks is None:
-        if segment > 1:
-            return _segments(example.steps, segment)
-        if example.steps < 3:
-            raise ShapeError(
-                f"an example of at least 3 steps was expected, but {example.steps} came: "
-                "one pass could not be compared with chunks of it",
-                fix="tbptt.check(model, torch.randn(24, 4, features))",
-            )
-        return _thirds(min(example.steps, MAX_STEPS))
-    sizes = list(chunks)
-    if len(sizes) < 2 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(
-            f"two or more lengths of chunks, in steps from 1, were expected, but {chunks!r} came: with one chunk "
-            "nothing is carried",
-            fix="chunks=(8, 8, 8)",
-        )
-    if sum(sizes) > example.steps:
-        raise ShapeError(
-            f"an example of at least {sum(sizes)} steps was expected, for chunks of {'+'.join(map(str, sizes))}, "
-            f"but it has {example.steps}",
-            fix="give a longer example, or shorter chunks",
-        )
-    return sizes
-
-
-def _segments(steps: int, segment: int) -> list[int]:
-    """Return the chunks for a model that is cut into segments: three of one segment, or of several short ones."""
-    chunk = segment * max(1, min(steps, MAX_STEPS) // 3 // segment)
-    if steps < 3 * chunk:
-        raise ShapeError(
-            f"an example of at least three segments of {segment} steps was expected, but {steps} steps came: the "
-            "model can be cut at the end of a segment only, and one pass is compared with chunks of it",
-            fix=f"tbptt.check(model, torch.randn({3 * segment}, 4, features))",
-        )
-    return [chunk] * 3
-
-
-def _thirds(steps: int) -> list[int]:
-    third = steps // 3
-    return [third, third, steps - 2 * third]
-
-
-def _plans(sizes: list[int], segment: int) -> dict[str, list[int]]:
-    if segment == 1:
-        return {"chunks": sizes, "uneven": _uneven(sizes), "steps": [1] * min(sum(sizes), MAX_STEPS)}
-    longer = [sizes[0] + sizes[1], *sizes[2:]]  # in segments as well; and where it says that it must not be cut
-    return {"chunks": sizes, "uneven": longer, "elsewhere": _uneven(sizes)}
-
-
-def _uneven(sizes: list[int]) -> list[int]:
-    return [size for size in (sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1) if size]
-
-
-def _others(steps: int) -> list[list[int]]:
-    """Return the chunks to try with a model that does not take the usual ones."""
-    third = min(steps, MAX_STEPS) // 3
-    return ([_thirds(steps)] if steps > MAX_STEPS else []) + [[each] * 3 for each in range(third - 1, 1, -1)]
+def _trial(model: nn.Module, whole: Tree, sizes: list[int]) -> Trial:
+    """Return the trial of a model on all lanes and steps there are."""
+    wide = Window(time_slice(whole, 0, sum(sizes)))
+    told = tree_map(lambda leaf: leaf[:, :TOLD_LANES], whole)
+    return Trial(
+        model, Window(time_slice(told, 0, sum(sizes))), cut_into(sizes, segment_steps(model)), wide, Window(told)
+    )
 
 
 def _runs(model: nn.Module, inputs: Tree, sizes: Sequence[int]) -> bool:
     """Tell whether a model can be run over the first chunk and go on with the second."""
-    model, state = copy.deepcopy(model), None
+    before, state = SideState.of(model), None
     try:
-        with torch.no_grad():
-            for begin, end in pairwise([0, *accumulate(sizes[:2])]):
-                _, state = unroll(model, Window(time_slice(inputs, begin, end)), state, None)
+        for begin, end in pairwise([0, *accumulate(sizes[:2])]):
+            _, state = unroll(model, Window(time_slice(inputs, begin, end)), detach(state), None)
     except Exception:  # said again, and not caught, when it is run in earnest
         return False
+    finally:
+        before.restore(model, in_place=False)
     return True

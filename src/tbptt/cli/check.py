@@ -38,6 +38,9 @@ def check(
     ] = "",
     k1: Annotated[int | None, typer.Option(min=1, metavar="N", help="Measure TBPTT's reach with this k1.")] = None,
     k2: Annotated[int | None, typer.Option(min=1, metavar="N", help="And this k2; either stands for both.")] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(metavar="ITEM", help="An item whose failure is accepted; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Find out by experiment whether a model carries its state, and how far gradients reach.
@@ -57,7 +60,7 @@ def check(
             f"inputs to try the model with were expected, but {model} returns the model alone",
             fix="--input floats:2x24x8, or return (model, inputs)",
         )
-    report = run_check(built, inputs, estimator, chunks=sizes)
+    report = run_check(built, inputs, estimator, chunks=sizes, accept=accept or ())
     if as_json:
         print(report.to_json())
     else:

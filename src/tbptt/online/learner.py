@@ -231,13 +231,14 @@ class Online:
         chosen = chosen if lanes is None else self._entry.lift.lane_mask("lanes", lanes)
         self._reset = chosen if self._reset is None else self._reset | chosen
 
-    def check(self, xs: Any) -> CheckReport:
+    def check(self, xs: Any, accept: Sequence[str] = ()) -> CheckReport:
         """Find out whether the model carries its state and how far the gradient reaches; see `tbptt.check`.
 
         Args:
             xs: some steps like those to come, at least 3. Leaves (T, ...) with one lane, else (T, B, ...).
+            accept: items whose failure is accepted.
         """
-        return check(self.model, self._entry.lift.stretch("xs", xs), self.estimator.fixed(self.carry))
+        return check(self.model, self._entry.lift.stretch("xs", xs), self.estimator.fixed(self.carry), accept=accept)
 
     def save(self, path: str | Path) -> Path:
         """Write all that there is into the directory `path`, so that a kill at any moment leaves this or the last.

@@ -36,7 +36,7 @@ class Course:
     """How a module is trained, and how far it has come.
 
     Args:
-        estimator, loss, source, guards, monitor, checked: as given to `use_tbptt`.
+        estimator, loss, source, guards, monitor, checked, accept: as given to `use_tbptt`.
     """
 
     estimator: Estimator
@@ -45,6 +45,7 @@ class Course:
     guards: list[Guard]
     monitor: str
     checked: bool
+    accept: frozenset[str]
     begun: bool = field(default=False, init=False)
     loaded: dict[str, Any] | None = field(default=None, init=False)
     random: dict[str, Any] | None = field(default=None, init=False)  # to be set just before the next update
@@ -95,7 +96,7 @@ class Course:
             if self.checked:
                 estimator = self.estimator.fixed(self.carry)
                 steps = estimator.next_steps(self.carry)
-                check_on_stream(module, self.stream, estimator, steps).raise_if_failed()
+                check_on_stream(module, self.stream, estimator, steps, self.accept).raise_if_failed()
         if trainer.ckpt_path is not None:
             self._restore(module)
         self.loaded, self.begun = None, True

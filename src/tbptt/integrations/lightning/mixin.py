@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from tbptt.checks import known_items
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimator
 from tbptt.guards.base import Guard, check_guards
@@ -102,6 +103,7 @@ class TBPTTMixin(LightningModule):
         guards: Sequence[Guard] | None = None,
         monitor: str = "val_loss",
         checked: bool = True,
+        accept: Sequence[str] = (),
     ) -> None:
         """Say how this module is trained; call it in `__init__`, after `super().__init__()`.
 
@@ -114,11 +116,12 @@ class TBPTTMixin(LightningModule):
                 change the mean of an unbiased estimator without `allow_bias=True`, and `SpikeRollback`.
             monitor: the metric that ReduceLROnPlateau watches, as validation logs it.
             checked: whether `tbptt.check` runs when a fit begins. Leave it on.
+            accept: items of the check whose failure does not stop the training, such as "lane independence".
         """
         self.automatic_optimization = False
         given: Sequence[Guard] = [NonFinite("raise")] if guards is None else guards
         chosen = check_guards(given, estimator, no_roll_back=_NO_ROLL_BACK)
-        self._course = Course(estimator, loss, stream, chosen, monitor, checked)
+        self._course = Course(estimator, loss, stream, chosen, monitor, checked, known_items(accept, checked=checked))
 
     @property
     def tbptt_course(self) -> Course:
