@@ -96,6 +96,8 @@ class LaneSegment:
         one: 1, in the type of the losses.
         parameters: the weights that all lanes share.
         shared: the same steps run with these; None where a method does not ask for it.
+        begun: the lanes that began at its first step, (B,), bool, and
+        initial: their initial state as a stretch of no steps, if the start is held still there, too.
     """
 
     segment: Segment
@@ -105,6 +107,8 @@ class LaneSegment:
     one: Tensor
     parameters: Sequence[Tensor] = ()
     shared: Segment | None = None
+    begun: Tensor | None = None
+    initial: LaneSegment | None = None
 
     @property
     def end(self) -> Tensor:
@@ -232,8 +236,6 @@ class ForwardMode(Estimator):
 
     stepwise: ClassVar[bool] = False
     """Whether influence is brought on step by step, however many steps a window has."""
-    shares: ClassVar[bool] = False
-    """Whether the steps are also run with the weights that all lanes share, for what the losses say of the state."""
 
     def __post_init__(self) -> None:
         check_whole(self, "k1", f"{type(self).__name__}(k1=1)")
@@ -311,15 +313,8 @@ class ForwardMode(Estimator):
         weights = list(lanes.weights.values())
         for piece in [window[at : at + 1] for at in range(window.steps)] if self.stepwise else [window]:
             tracked = state is not None
-            segment = Segment.run(lanes, piece, state, dims, track=tracked)
-            shared = Segment.run(run.model, piece, state, dims, track=False) if self.shares else None
-            if shared is None:
-                segment = run.inject(segment, piece)
-            else:
-                shared = run.inject(shared, piece)
-            made.append(
-                LaneSegment(segment, run.names, weights, dims, torch.ones_like(run.sums[-1]), run.parameters, shared)
-            )
+            segment = run.inject(Segment.run(lanes, piece, state, dims, track=tracked), piece)
+            made.append(LaneSegment(segment, run.names, weights, dims, torch.ones_like(run.sums[-1]), run.parameters))
             state = detach(segment.end)
         return made
 
