@@ -10,7 +10,7 @@ from torch import nn
 from tbptt.errors import ConfigError
 from tbptt.loss import Counted, Loss, StepLoss, added
 from tbptt.metrics import Metric
-from tbptt.model import find_lane_dims, fork_random
+from tbptt.model import eval_mode, find_lane_dims, fork_random
 from tbptt.pathways import segment_steps
 from tbptt.streams.base import Stream
 from tbptt.unroll import unroll
@@ -23,9 +23,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Run `model` once over all of `stream`, carrying its state, and measure.
 
-    In eval mode and without a graph; the training mode, the random generators and every other stream's state
-    are afterwards as they were. The stream is rewound before, and put back there after: a stream with new data in
-    each pass shows the same ones every time.
+    Model and loss are in eval mode, without a graph. The mode of each of their parts, the random generators and every
+    other stream's state are afterwards as they were. The stream is rewound before, and put back there after: a stream
+    with new data in each pass shows the same ones every time.
 
     Args:
         model: the model.
@@ -52,12 +52,10 @@ def evaluate(
         each.start()
     segment = segment_steps(model)
     steps = max(segment, steps // segment * segment)
-    training = model.training
-    model.eval()
     stream.rewind()
     start = stream.state_dict()
     try:
-        with torch.no_grad(), fork_random(device):
+        with torch.no_grad(), fork_random(device), eval_mode(model, step_loss.module):
             for window in stream.windows(steps):
                 window = window.to(device)
                 dims, looked = dims if looked else find_lane_dims(model, window.inputs), True
@@ -70,7 +68,6 @@ def evaluate(
                 for each in metrics.values():
                     each.see(outputs, losses, window)
     finally:
-        model.train(training)
         stream.load_state_dict(start)
     if not counted:
         raise ConfigError("the held-out stream has no target that counts, so there is nothing to measure")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
+from tbptt.model import trainable_parameters
 from tbptt.tree import Tree, differentiable, leaf_names, tensors, tree_map
 from tbptt.window import Window
 
@@ -152,9 +153,9 @@ class StepLoss:
         """Return the loss's parameters that require a gradient and are not the model's, by name."""
         if self.module is None:
             return {}
-        models = {id(each) for each in model.parameters()}
-        named = self.module.named_parameters()
-        return {name: each for name, each in named if each.requires_grad and id(each) not in models}
+        found = trainable_parameters(self.module)
+        models = {id(each) for each in model.parameters()} if found else ()
+        return {name: each for name, each in found.items() if id(each) not in models}
 
     def valid(self, window: Window) -> tuple[Tensor, int]:
         """Return which targets count, shape (T, B), and how many they are."""

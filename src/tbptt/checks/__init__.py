@@ -109,7 +109,7 @@ def check_on_stream(model: nn.Module, stream: Stream, estimator: Estimator, step
 
 
 def _name(model: nn.Module) -> str:
-    inner = model._modules.get("module")  # pyright: ignore[reportPrivateUsage]
+    inner = dict(model.named_children()).get("module")
     return type(model).__name__ if inner is None else f"{type(model).__name__}({type(inner).__name__})"
 
 

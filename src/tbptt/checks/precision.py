@@ -40,8 +40,11 @@ def cast_inputs(inputs: Tree, dtype: torch.dtype) -> Tree:
 
 
 def half_precision(model: nn.Module) -> torch.dtype | None:
-    """Return the coarsest type of 16 bits that a parameter has; None for a model without any."""
+    """Return the coarsest type of 16 bits that a model computes in, by its parameters or autocast; None for none."""
     found = {value.dtype for value in model.parameters()}
+    device = next(model.parameters()).device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        found.add(torch.get_autocast_dtype(device))
     return next((dtype for dtype in HALF if dtype in found), None)
 
 

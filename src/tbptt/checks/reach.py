@@ -15,12 +15,11 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial
 from tbptt.estimators.base import Carry, Estimator
-from tbptt.model import fork_random, initial_state, trainable_parameters
+from tbptt.model import fork_random, initial_state, trainable_parameters, with_parameters
 from tbptt.pathways import segment_steps
 from tbptt.tree import Tree, tensors, time_cat, time_slice, tree_map
 from tbptt.unroll import unroll
@@ -104,7 +103,10 @@ class _Probe(nn.Module):
         for group, members in groupby(groups[:, 0].tolist()):
             end = begin + len(list(members))
             weights = {name: value + self.delta[group] * self.direction[name] for name, value in self.weights.items()}
-            output, state = functional_call(self.held[0], weights, (time_slice(values, begin, end), state))
+            piece = time_slice(values, begin, end)
+            output, state = with_parameters(
+                self.held[0], weights, lambda piece=piece, state=state: self.held[0](piece, state)
+            )
             pieces.append(output)
             begin = end
         return time_cat(pieces), state
@@ -155,12 +157,13 @@ def measure_reach(
             _, carry = estimator.estimate(probe, loss, carry, whole[begin : begin + steps])
         uncut = loss(unroll(probe, whole, None, None)[0], None)
         found: list[Reach] = []
+        nothing = torch.zeros_like(probe.delta)  # no loss was injected, or none of them reaches a weight
         for at in chosen:
             only = torch.zeros(steps, whole.lanes, dtype=torch.bool)
             only[at] = True
             last = Window(whole[before:].inputs, mask=only.to(whole.mask.device), start=before)
             estimate, _ = estimator.estimate(probe, loss, carry, last)
-            measured = _reach(before + at, estimate.gradients["delta"], firsts)
+            measured = _reach(before + at, estimate.gradients.get("delta", nothing), firsts)
             full = torch.autograd.grad(uncut[before + at].sum(), probe.delta, retain_graph=True)[0]
             full[: bisect_left(firsts, before + at + 1 - asked[at])] = 0  # older than what is asked for
             found.append(Reach(asked[at], _reach(before + at, full, firsts), measured))

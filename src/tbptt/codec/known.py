@@ -89,20 +89,21 @@ def _gather(value: Any, known: Known, seen: dict[int, Any]) -> None:
     seen[id(value)] = value  # held, so that its id is not given to another
     if isinstance(value, type):
         known.values[name_of(cast("type[Any]", value))] = value
-    elif _is_enum(kind):
-        known.kinds[name_of(kind)] = kind
         return
-    items: Iterable[Any] = ()
-    if kind in (dict, OrderedDict, defaultdict):
-        items = value.values()
-    elif kind in (list, tuple, deque):
-        items = value
-    elif _is_named_tuple(kind):
-        known.kinds[name_of(kind)], items = kind, tuple.__iter__(value)
-    elif is_container(kind):
-        known.kinds[name_of(kind)], items = kind, parts(value).values()
-    for item in items:
+    if _is_enum(kind) or _is_named_tuple(kind) or is_container(kind):
+        known.kinds[name_of(kind)] = kind
+    for item in _members(value, kind):
         _gather(item, known, seen)
+
+
+def _members(value: Any, kind: type[Any]) -> Iterable[Any]:
+    if kind in (dict, OrderedDict, defaultdict):
+        return value.values()
+    if kind in (list, deque):
+        return value
+    if issubclass(kind, tuple):
+        return tuple.__iter__(value)
+    return parts(value).values() if is_container(kind) else ()
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.device)

@@ -19,8 +19,9 @@ from tbptt.comparison.excerpt import Excerpt
 from tbptt.comparison.settings import reseeded
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimator
+from tbptt.estimators.gradients import own
 from tbptt.estimators.predictor import PREFIX
-from tbptt.estimators.segments import Segment, own, pull_back
+from tbptt.estimators.segments import Segment, pull_back
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
 from tbptt.randomness import seed_everything
@@ -91,7 +92,7 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
                 pulled = pull_back(
                     whole, [list(parameters.values())] * len(whole), total.new_ones(()) / counted.weight, keep=True
                 )
-                gradients = own(list(parameters), list(parameters.values()), pulled.gradients)
+                gradients = own(parameters, pulled.gradients)
                 found[(begin - sizes.burn_in) // sizes.span] = flat(gradients, parameters)
         chain.append(segment)
         while longest is not None and sum(each.steps for each in chain[1:]) >= longest:

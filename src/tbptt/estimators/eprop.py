@@ -11,7 +11,7 @@ from typing import final
 
 from torch import Tensor
 
-from tbptt.estimators.forward_mode import LaneSegment
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.local_rules import LocalRule
 from tbptt.estimators.units import Units, followed
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
-from tbptt.estimators.forward_mode import ForwardMode, Influence, LaneSegment, add_to
+from tbptt.estimators.forward_mode import ForwardMode, Influence, add_to
+from tbptt.estimators.gradients import Gradients
+from tbptt.estimators.lane_segment import LaneSegment, check_dense
 from tbptt.estimators.perlane import PerLane
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Gradients, Segment
+from tbptt.estimators.segments import Segment
 from tbptt.estimators.sparsity import initial_segment
 from tbptt.estimators.units import Units, find_units, rows_driven, stopped_at
 from tbptt.length.base import check_seed
@@ -120,6 +122,7 @@ class LocalRule(ForwardMode):
         """Run the window step by step, each from a start that is held still: a lane's initial state is one, too."""
         state, dims = run.carry.state, run.carry.dims
         weights, made = list(lanes.weights.values()), list[LaneSegment]()
+        of_loss = {name: each for name, each in run.trained.items() if name not in lanes.weights}
         for piece in [window[at : at + 1] for at in range(window.steps)]:
             start = state
             begun = torch.ones_like(piece.reset[0]) if state is None else piece.reset[0]
@@ -133,7 +136,8 @@ class LocalRule(ForwardMode):
             segment = Segment.run(lanes, piece, start, dims, track=tracked)
             shared = run.inject(Segment.run(run.model, piece, start, dims, track=tracked), piece)
             one = torch.ones_like(run.sums[-1])
-            made.append(LaneSegment(segment, run.names, weights, dims, one, run.parameters, shared, begun, initial))
+            own = (run.parameters, of_loss, shared, begun, initial)
+            made.append(LaneSegment(segment, run.names, weights, dims, one, *own))
             state = detach(segment.end)
         return made
 
@@ -145,18 +149,19 @@ class LocalRule(ForwardMode):
         """
         loss, ends, starts = shared.loss, differentiable(shared.end), differentiable(shared.start)
         assert loss is not None
-        inputs, held = [*step.parameters, *starts], list[Tensor | None](ends)
-        one, nothing = torch.ones_like(loss), [None] * len(ends)
-        found, _ = stopped_at(nothing, loss, one, inputs)
-        direct = {name: each for name, each in zip(step.names, found, strict=False) if each is not None}
+        names, weights = [*step.names, *step.of_loss], [*step.parameters, *step.of_loss.values()]
+        inputs, held, nothing = [*weights, *starts], list[Tensor | None](ends), [None] * len(ends)
+        found, _ = stopped_at(nothing, loss, torch.ones_like(loss), inputs)
+        check_dense(names, found[: len(names)])
+        direct = {name: each for name, each in zip(names, found, strict=False) if each is not None}
         if step.initial is not None and step.begun is not None:
-            add_to(direct, _from_the_start(step, step.initial, step.begun, found[len(step.names) :], units))
+            add_to(direct, _from_the_start(step, step.initial, step.begun, found[len(names) :], units))
         if self.feedback == "random":
             outputs = differentiable(shared.outputs)
             errors = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
             return direct, self._broadcast(list(errors), outputs, step.end)
-        beyond, arrived = stopped_at(held, loss, one, inputs)
-        past = any(each is not None and bool((each.abs() > 0).any()) for each in beyond[len(step.names) :])
+        beyond, arrived = stopped_at(held, loss, torch.ones_like(loss), inputs)
+        past = any(each is not None and bool((each.abs() > 0).any()) for each in beyond[len(names) :])
         if past or all(each is None for each in arrived):
             how = "depend on the state before the step in another way" if past else "do not depend on it"
             raise CapabilityError(

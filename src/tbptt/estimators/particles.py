@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import TbpttError
+from tbptt.estimators.base import by_owner
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was, random_from, random_states, with_parameters
 from tbptt.tree import LaneDims, Tree, replace_tensors, tensors
 from tbptt.unroll import unroll
+from tbptt.weights import in_place
 from tbptt.window import Window
 
 __all__ = ["Noise", "Particles", "States", "draw_noise"]
@@ -69,7 +71,8 @@ class Particles:
     Args:
         model: the model.
         loss: of its outputs.
-        parameters: the weights that are perturbed, by name.
+        parameters: the weights that are perturbed, the model's and the loss's own, by the names of
+            `Estimate.all_gradients`.
         dims: the lane dimension of each tensor of the model's state.
     """
 
@@ -125,7 +128,17 @@ class Particles:
         shape_of: list[Tree] = []  # the state's containers, and whatever in them is no tensor
 
         def one(weights: dict[str, Tensor], leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            losses, end = self._one(weights, window, common if own is None else replace_tensors(own[0], leaves))
+            begin = common if own is None else replace_tensors(own[0], leaves)
+            of_model, of_loss = by_owner(weights)
+
+            def run() -> tuple[Tensor, Tree]:
+                return self._one(window, begin)
+
+            def with_model() -> tuple[Tensor, Tree]:
+                return with_parameters(self.model, of_model, run)
+
+            loss = self.loss.module
+            losses, end = with_parameters(loss, of_loss, with_model) if loss is not None and of_loss else with_model()
             shape_of[:] = [end]
             return losses, tensors(end)
 
@@ -149,17 +162,17 @@ class Particles:
                 for name, value in self.parameters.items()
             }
             weights = {name: value.to(self.parameters[name].dtype) for name, value in weights.items()}
-            with random_from(random, window.mask.device), left_as_it_was(self.model):
-                found, end = self._one(weights, window, common if own is None else own[index])
+            with (
+                random_from(random, window.mask.device),
+                left_as_it_was(self.model),
+                in_place(list(self.parameters.values()), list(weights.values())),
+            ):
+                found, end = self._one(window, common if own is None else own[index])
             losses.append(found)
             after.append(end)
         return torch.stack(losses), tuple(after)
 
-    def _one(self, weights: dict[str, Tensor], window: Window, begin: Tree | None) -> tuple[Tensor, Tree]:
-        """Run one particle; return its losses, (T, B), and its state."""
-
-        def run() -> tuple[Tensor, Tree]:
-            outputs, end = unroll(self.model, window, begin, self.dims)
-            return self.loss.by_step(outputs, window)[0], end
-
-        return with_parameters(self.model, weights, run)
+    def _one(self, window: Window, begin: Tree | None) -> tuple[Tensor, Tree]:
+        """Run one particle, its weights in place; return its losses, (T, B), and its state."""
+        outputs, end = unroll(self.model, window, begin, self.dims)
+        return self.loss.by_step(outputs, window)[0], end

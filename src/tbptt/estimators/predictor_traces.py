@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
+from tbptt.estimators.gradients import gradients_of
 from tbptt.estimators.predictor import Predictor
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.segments import Segment
@@ -54,8 +55,8 @@ def learned(predictor: Predictor, weights: Mapping[str, Tensor], rows: Tensor, e
     with torch.enable_grad():
         predicted = predictor(rows)
     seeds = errors / -len(errors)
-    found = torch.autograd.grad(predicted, list(weights.values()), seeds, materialize_grads=True)
-    return dict(zip(weights, found, strict=True))
+    found = gradients_of([predicted], [seeds], list(weights.values()))
+    return {name: each for name, each in zip(weights, found, strict=True) if each is not None}
 
 
 def learned_with(trace: Tensor, weights: Mapping[str, Tensor], errors: Tensor) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.curve import interpolated, lag_grid
+from tbptt.estimators.gradients import Gradients, add, numbers_of, scaled
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Gradients, Segment, add, lane_norms, scaled, walk_back
+from tbptt.estimators.segments import Segment, lane_norms, walk_back
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was, trainable_parameters
 from tbptt.pathways import in_segments
@@ -201,7 +202,9 @@ def _by_lookback(added: dict[int, Gradients], lags: Sequence[int], tried: int) -
 
 
 def _norm(gradients: Gradients) -> Tensor:
-    found = [torch.linalg.vector_norm(each.detach()).double().cpu() for each in gradients if each is not None]
+    found = [
+        torch.linalg.vector_norm(numbers_of(each.detach())).double().cpu() for each in gradients if each is not None
+    ]
     return torch.linalg.vector_norm(torch.stack(found)) if found else torch.zeros((), dtype=torch.float64)
 
 

@@ -12,7 +12,8 @@ from typing import final
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
-from tbptt.estimators.forward_mode import Influence, LaneSegment
+from tbptt.estimators.forward_mode import Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.local_rules import LocalRule
 from tbptt.estimators.units import Units
 from tbptt.tree import LaneDims

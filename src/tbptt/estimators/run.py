@@ -12,10 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.base import Estimate
+from tbptt.estimators.base import LOSS_PREFIX, Estimate, by_owner
 from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.gradients import after_hooks, own
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, own, pass_on, pull_back
+from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, pass_on, pull_back
 from tbptt.loss import Counted, StepLoss, Summed
 from tbptt.model import trainable_parameters
 from tbptt.tree import Tree, detach, time_cat
@@ -31,8 +32,10 @@ class Run:
     """The model run over a window and what lies before it, its losses counted.
 
     Attributes:
-        names: of the parameters that are trained.
+        names: of the model's parameters that are trained.
         parameters: these.
+        trained: they and the loss's own, by the names of `Estimate.all_gradients`.
+        asked: all of these, as autograd is asked about them.
         outputs: of the window's pieces, detached; empty unless they are to be kept.
         sums: of the pieces' losses, 0-dim each.
         counted: the targets in them.
@@ -41,10 +44,13 @@ class Run:
 
     def __init__(self, model: nn.Module, loss: StepLoss, carry: ChainCarry, *, keep_outputs: bool) -> None:
         self.model, self.loss, self.carry, self.keep_outputs = model, loss, carry, keep_outputs
-        self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
+        self.trained = trainable_parameters(model)
+        self.names, self.parameters = zip(*self.trained.items(), strict=True)
+        self.trained |= {LOSS_PREFIX + name: each for name, each in loss.own_parameters(model).items()}
+        self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.counted = Counted()
+        self.counted, self._like = Counted(), torch.zeros(())
         self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
@@ -95,7 +101,7 @@ class Run:
 
     def weight(self, denominator: float) -> Tensor:
         """Return 1 / denominator in the type of the losses, 0-dim."""
-        return torch.full_like(self.sums[-1], 1 / denominator)
+        return torch.full_like(self._like, 1 / denominator)
 
     def pull(
         self,
@@ -120,8 +126,8 @@ class Run:
             counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
-            return Pulled([None] * len(self.names), [])
-        weights = [self.parameters] * len(chain) if parameters is None else parameters
+            return Pulled([None] * len(self.asked), [])
+        weights = [self.asked] * len(chain) if parameters is None else parameters
         weight = self.weight(denominator or injected.weight)
         return pull_back(chain, weights, weight, keep=keep, boundary=boundary, counts=counts)
 
@@ -135,7 +141,16 @@ class Run:
         metrics: Mapping[str, float] | None = None,
         boundary_lags: tuple[int, ...] = (),
     ) -> Estimate:
-        """Return what came out of all that was run; see `Estimate`."""
+        """Return what came out of all that was run; see `Estimate`.
+
+        Args:
+            pulled: the gradients, in the order of `asked`, before any hooks on parameters.
+            injected: the number of losses injected.
+            lookback: the steps that they were sent back.
+            denominator: what the sum was divided by instead of their number.
+            metrics: whatever else was measured.
+        """
+        gradients, of_loss = by_owner(after_hooks(self.trained, own(self.trained, pulled.gradients)))
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
         norms = pulled.boundary_norms
         counted, by_term = self.counted, dict[str, float]()
@@ -147,7 +162,8 @@ class Run:
             loss_sum=loss_sum,
             num_terms=counted.num if counted else 0,
             loss_denominator=counted.denominator,
-            gradients=own(self.names, self.parameters, pulled.gradients),
+            gradients=gradients,
+            loss_gradients=of_loss,
             lookback=lookback,
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
             boundary_lags=boundary_lags if norms else (),
@@ -160,6 +176,8 @@ class Run:
         if self.keep_outputs:
             self.outputs.append(detach(outputs))
         self.sums.append(summed.total.detach())
+        if summed.counted.num:
+            self._like = self.sums[-1]  # without a target there is no loss that would say its type
         self.counted += summed.counted
         for name, each in summed.terms.items():
             self.terms.setdefault(name, []).append(each)

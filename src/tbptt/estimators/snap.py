@@ -12,7 +12,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment, check_size
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence, check_size
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.random_products import spread
 from tbptt.estimators.sparsity import Pattern, Reached, coloured, probe, rounding, seeds_of, seen_in
 from tbptt.length.base import check_whole

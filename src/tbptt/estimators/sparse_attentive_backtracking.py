@@ -14,13 +14,14 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_window
+from tbptt.estimators.gradients import Gradients
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Boundary, Gradients
+from tbptt.estimators.segments import Boundary
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
-from tbptt.recurrence import HasMemories
+from tbptt.recurrence import memories_of
 from tbptt.tree import Tree, detach, differentiable, tensors
 from tbptt.window import Window
 
@@ -130,7 +131,7 @@ class SparseAttentiveBacktracking(Estimator):
             CapabilityError: the model cannot be trained in windows, or has no memories.
         """
         check_trainable(model)
-        if not isinstance(model, HasMemories) or not model.memories():
+        if not memories_of(model):
             raise CapabilityError(
                 f"a model that names its memories was expected, but {type(model).__name__} names none: with nothing to "
                 f"jump along, this would be TBPTT(k1={self.k1}, k2={self.k_trunc}, losses='all')",
@@ -154,8 +155,7 @@ class SparseAttentiveBacktracking(Estimator):
                 or loss of another shape than agreed.
             CapabilityError: a model that does not return (outputs, state), or whose memories are not where it says.
         """
-        check_steps_of(window, self.k1, f"stream.windows({self.k1})")
-        check_lanes_of(window, carry.lanes)
+        check_window(window, carry, self.k1, f"stream.windows({self.k1})")
         carry = carry.for_window(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         lookback = self.lookback or self.k1
@@ -192,8 +192,7 @@ def along(memories: Collection[int], then: Boundary) -> Boundary:
 
 def _memories(model: nn.Module, state: Tree) -> tuple[int, ...]:
     """Return the places of a model's memories in its state, seen to be there."""
-    assert isinstance(model, HasMemories)  # seen in init
-    places, leaves = model.memories(), tensors(state)
+    places, leaves = memories_of(model), tensors(state)
     wrong = [each for each in places if not 0 <= each < len(leaves) or not differentiable(leaves[each])]
     if wrong:
         raise CapabilityError(

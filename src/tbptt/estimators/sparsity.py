@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.forward_mode import LaneSegment
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import PerLane, check_single_steps
 from tbptt.estimators.segments import Segment
 from tbptt.model import fork_random, initial_state, left_as_it_was, trainable_parameters
@@ -250,7 +250,7 @@ def initial_segment(model: nn.Module, dims: LaneDims | None) -> LaneSegment | No
     parameters = trainable_parameters(model)
     one = next(iter(parameters.values())).real.new_ones(())
     weights = list(parameters.values())
-    return LaneSegment(Segment((), None, state, 0), list(parameters), weights, dims, one, weights)
+    return LaneSegment(Segment(one.new_zeros(0, 1), None, state, 0), list(parameters), weights, dims, one, weights)
 
 
 def tried_step(model: nn.Module, inputs: Tree, at: int, dims: LaneDims | None, *, moved: float) -> LaneSegment:

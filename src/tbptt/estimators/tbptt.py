@@ -16,12 +16,13 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
+from tbptt.estimators.gradients import add
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.lengths import Lengths
 from tbptt.estimators.retained import RetainedSegment, kept_for, newest
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Pulled, Segment, add
+from tbptt.estimators.segments import Pulled, Segment
 from tbptt.length import Length
 from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
@@ -184,8 +185,7 @@ class TBPTT(Estimator):
 
     def _check(self, carry: ChainCarry, window: Window, k1: int) -> None:
         fix = f"stream.windows({k1}), or TBPTT(k1={window.steps}, k2={self.k2})"
-        check_steps_of(window, k1, "" if self.lengths.vary else fix)
-        check_lanes_of(window, carry.lanes)
+        check_window(window, carry, k1, "" if self.lengths.vary else fix)
 
 
 class _Regimes:
@@ -262,7 +262,8 @@ class _Regimes:
         chain = [*newest(run.model, self.carry.retained, self.carry.state, before, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = run.counted
-        parameters = [[segment.weights[name] for name in run.names] for segment in chain]
+        of_loss = run.asked[len(run.names) :]
+        parameters = [[*(segment.weights[name] for name in run.names), *of_loss] for segment in chain]
         lookback = sum(segment.steps for segment in chain)
         seen = self.carry.boundaries(lookback - steps)
         counts = _beginning_at(chain, seen)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
-from tbptt.estimators.forward_mode import LaneSegment
+from tbptt.estimators.gradients import Gradients, gradients_of
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import check_single_steps
 from tbptt.estimators.random_products import spread
 from tbptt.estimators.rows import cotangent_of, rows_of
-from tbptt.estimators.segments import Gradients
 from tbptt.estimators.sparsity import initial_segment, rounding, tried_step
 from tbptt.model import fork_random, left_as_it_was, trainable_parameters, with_parameters
 from tbptt.tree import LaneDims, Tree, differentiable, leaf_names, tensors, tree_map
@@ -168,6 +168,8 @@ def stopped_at(
         The gradients of the inputs, by other ways than through the ends; and those of the ends.
     """
     found: dict[int, Tensor] = {}
+    if not root.requires_grad:
+        return [None] * len(inputs), [None] * len(ends)
 
     def stop(index: int, gradient: Tensor) -> Tensor:
         found[index] = gradient
@@ -177,11 +179,11 @@ def stopped_at(
         end.register_hook(partial(stop, at)) for at, end in enumerate(ends) if end is not None and end.requires_grad
     ]
     try:
-        beyond = torch.autograd.grad(root, list(inputs), arriving, retain_graph=True, allow_unused=True)
+        beyond = gradients_of([root], [arriving], inputs, keep=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(beyond), [found.get(index) for index in range(len(ends))]
+    return beyond, [found.get(index) for index in range(len(ends))]
 
 
 def find_units(model: nn.Module, inputs: Tree, dims: LaneDims | None) -> tuple[Units, tuple[str, ...], list[str]]:

@@ -11,7 +11,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.random_products import balance, norms_of, signs
 from tbptt.length.base import check_seed
 
