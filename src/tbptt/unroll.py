@@ -15,7 +15,7 @@ from tbptt.model import check_outputs, initial_state, split_result
 from tbptt.tree import LaneDims, Tree, check_lanes, copy, replace_tensors, tensors, time_cat, time_slice, where_lanes
 from tbptt.window import Window
 
-__all__ = ["unroll"]
+__all__ = ["state_at_reset", "unroll"]
 
 
 def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims | None) -> tuple[Tree, Tree]:
@@ -46,7 +46,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
     pieces: list[Tree] = []
     for begin, end in pairwise(cuts):
         if begin in resets:
-            state = _reset(model, window, begin, state, dims)
+            state = state_at_reset(model, window, begin, state, dims)
         # a copy: the model may write into it, and both the caller and the graph of the stretch before need theirs
         state = initial_state(model, window.lanes) if state is None else copy(state)
         inputs = time_slice(window.inputs, begin, end) if len(cuts) > 2 else window.inputs
@@ -87,7 +87,14 @@ def _wider(dtype: torch.dtype, own: torch.dtype) -> torch.dtype:
     return own if both and own.itemsize > dtype.itemsize else dtype
 
 
-def _reset(model: nn.Module, window: Window, step: int, state: Tree | None, dims: LaneDims | None) -> Tree | None:
+def state_at_reset(
+    model: nn.Module, window: Window, step: int, state: Tree | None, dims: LaneDims | None
+) -> Tree | None:
+    """Return the state that a step begins with, of which some lane starts anew; None if all do, or it is None.
+
+    Raises:
+        CapabilityError: a single lane is to be reset and the lane dimensions are not known.
+    """
     if state is None or window.resets[step]:
         return None
     if dims is None:

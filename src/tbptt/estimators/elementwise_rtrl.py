@@ -176,7 +176,7 @@ def _examined(model: nn.Module, inputs: Tree) -> tuple[list[_Units], dict[str, s
     dims = find_lane_dims(model, inputs)
     with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
         torch.manual_seed(0)
-        segment = tried_step(model, inputs, 0, dims, moved=False)
+        segment = tried_step(model, inputs, 0, dims, moved=0.0)
         found = _laid_out(declared, segment.segment.end, dims, trainable_parameters(model))
         reached: dict[str, set[int]] = {}
         for each in found:

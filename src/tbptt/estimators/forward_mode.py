@@ -117,8 +117,6 @@ class ForwardMode(Estimator):
 
     stepwise: ClassVar[bool] = False
     """Whether influence is brought on step by step, however many steps a window has."""
-    shares: ClassVar[bool] = False
-    """Whether the steps are also run with the weights that all lanes share, for what the losses say of the state."""
 
     def __post_init__(self) -> None:
         check_whole(self, "k1", f"{type(self).__name__}(k1=1)")
@@ -197,14 +195,9 @@ class ForwardMode(Estimator):
         of_loss = {name: each for name, each in run.trained.items() if name not in lanes.weights}
         for piece in [window[at : at + 1] for at in range(window.steps)] if self.stepwise else [window]:
             tracked = state is not None
-            segment = Segment.run(lanes, piece, state, dims, track=tracked)
-            shared = Segment.run(run.model, piece, state, dims, track=False) if self.shares else None
-            if shared is None:
-                segment = run.inject(segment, piece)
-            else:
-                shared = run.inject(shared, piece)
+            segment = run.inject(Segment.run(lanes, piece, state, dims, track=tracked), piece)
             one = torch.ones_like(run.sums[-1])
-            made.append(LaneSegment(segment, run.names, weights, dims, one, run.parameters, of_loss, shared))
+            made.append(LaneSegment(segment, run.names, weights, dims, one, run.parameters, of_loss))
             state = detach(segment.end)
         return made
 

@@ -34,6 +34,8 @@ class LaneSegment:
         parameters: the weights that all lanes share, of the model.
         of_loss: the loss's own parameters, by the names of `Estimate.all_gradients`.
         shared: the same steps run with these; None where a method does not ask for it.
+        begun: the lanes that began at its first step, (B,), bool, and
+        initial: their initial state as a stretch of no steps, if the start is held still there, too.
     """
 
     segment: Segment
@@ -44,6 +46,8 @@ class LaneSegment:
     parameters: Sequence[Tensor] = ()
     of_loss: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     shared: Segment | None = None
+    begun: Tensor | None = None
+    initial: LaneSegment | None = None
 
     @property
     def end(self) -> Tensor:
