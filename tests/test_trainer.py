@@ -73,7 +73,8 @@ def same(left: Path, right: Path) -> bool:
 
 
 def test_it_does_what_a_loop_by_hand_does() -> None:
-    model, by_hand = Model().eval(), Model().eval()
+    model, by_hand = Model(), Model()
+    model.drop.eval(), by_hand.drop.eval()
     inputs, targets = (each.view(4, -1, 1).transpose(0, 1) for each in rows(400))
     stream = tbptt.ArrayStream(*rows(400), lanes=4)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -339,7 +340,8 @@ def test_the_trainer_is_quick_to_stop() -> None:
 def test_a_gpu_trains_like_the_cpu() -> None:
     losses = {}
     for device in ("cpu", "cuda"):
-        model = Model().eval().to(device)
+        model = Model().to(device)
+        model.drop.eval()
         stream = tbptt.ArrayStream(*rows(), lanes=4)
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         tbptt.Trainer(model, nn.MSELoss(), sgd, tbptt.TBPTT(8, 13, replay="retain"), stream).run(updates=20)

@@ -3,6 +3,7 @@
 from tbptt import horizon, streams
 from tbptt.adapters import Stateful, stateful
 from tbptt.checks import CheckReport, check
+from tbptt.codec import registered_class
 from tbptt.comparison import Comparison, compare
 from tbptt.errors import TbpttError
 from tbptt.estimators import (
@@ -31,7 +32,7 @@ from tbptt.estimators import (
 from tbptt.evaluate import evaluate
 from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Adaptive, Choice, Curriculum, Length, Ramp, RandomLength, scaled_rate
-from tbptt.loss import Loss
+from tbptt.loss import Loss, WindowLoss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
 from tbptt.monitors import Alarms, LagCurves, MetricsFile, Monitor, Progress, StabilityFile, TensorBoard
@@ -102,11 +103,13 @@ __all__ = [
     "Tree",
     "TruncatedES",
     "Window",
+    "WindowLoss",
     "ZClip",
     "check",
     "compare",
     "evaluate",
     "horizon",
+    "registered_class",
     "scaled_rate",
     "scan",
     "stateful",

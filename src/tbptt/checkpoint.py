@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tbptt.codec import decode, encode
+from tbptt.codec import Like, decode, encode, nothing
 from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError
 
 __all__ = ["Checkpoints", "Loaded", "refuse_other", "weights_of"]
@@ -147,8 +147,13 @@ class Checkpoints:
         self._prune(update)
         return final
 
-    def load_latest(self) -> Loaded | None:
+    def load_latest(self, like: Like = nothing, like_model: Like = nothing) -> Loaded | None:
         """Return the newest sound checkpoint; None if there are none at all.
+
+        Args:
+            like: `like(name)` is this run's own value of an entry of the state: a class that is named there must be
+                one of its classes, see `tbptt.codec`.
+            like_model: likewise, of an entry of the model's state_dict.
 
         Warns:
             CheckpointWarning: for each damaged one that was passed over, by name.
@@ -160,7 +165,7 @@ class Checkpoints:
         damages: list[str] = []
         for path in self.paths():
             try:
-                return self.load(path)
+                return self.load(path, like, like_model)
             except _Damage as damage:
                 damages.append(damage.message)
                 warnings.warn(f"{damage.message}; it is passed over", CheckpointWarning, stacklevel=2)
@@ -173,12 +178,12 @@ class Checkpoints:
             )
         return None
 
-    def load(self, path: str | Path) -> Loaded:
-        """Return the checkpoint in the directory `path`, wherever that is.
+    def load(self, path: str | Path, like: Like = nothing, like_model: Like = nothing) -> Loaded:
+        """Return the checkpoint in the directory `path`, wherever that is; `like` as for `load_latest`.
 
         Raises:
             CheckpointError: a file is missing, or is not, byte for byte, the one that was written; or it was
-                written by a newer version; or it holds a named tuple of a class that is not imported.
+                written by a newer version; or it names a class that this run does not have at that place.
         """
         path = Path(path)
         manifest = _read_manifest(path)
@@ -187,8 +192,8 @@ class Checkpoints:
         try:
             document = json.loads((path / _STATE).read_bytes())
             # The files stay mapped only in here: decoding copies every tensor into memory of its own.
-            state = decode(document["state"], _mapped(path / _TENSORS))
-            model_state = decode(document["model"], _mapped(path / _MODEL))
+            state = decode(document["state"], _mapped(path / _TENSORS), like)
+            model_state = decode(document["model"], _mapped(path / _MODEL), like_model, "model")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise _Damage(f"checkpoint {path.name} is damaged: its files cannot be read ({error!r})") from error
         return Loaded(manifest["update"], state, model_state, path)

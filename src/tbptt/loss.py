@@ -5,63 +5,123 @@ Letters: T time, B lanes, C classes.
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tbptt.errors import CapabilityError, ConfigError, ShapeError
+from tbptt.errors import CapabilityError, ShapeError
 from tbptt.model import trainable_parameters
-from tbptt.tree import Tree, tree_map
+from tbptt.torch_losses import FUNCTIONS, TorchLoss, of_torch, wrong_class
+from tbptt.tree import Tree, differentiable, tree_map
 from tbptt.window import Window
 
-__all__ = ["Loss", "StepLoss"]
+__all__ = ["Counted", "Loss", "StepLoss", "Summed", "WindowLoss", "added", "filled"]
 
-Loss: TypeAlias = "Callable[[Tree, Tree], Tensor] | StepLoss"
-"""`loss(outputs, targets)` -> losses by step, shape (T, B); or one of torch.nn's own losses."""
+Loss: TypeAlias = "Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]] | WindowLoss | StepLoss"
+"""`loss(outputs, targets)` -> losses by step, shape (T, B), or a dict of them; one of torch.nn's own losses; or a
+`WindowLoss`."""
 
-_BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
-_BY_ELEMENT = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-)
-_FUNCTIONS: dict[object, type[nn.Module]] = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.nll_loss: nn.NLLLoss,
-    F.mse_loss: nn.MSELoss,
-    F.l1_loss: nn.L1Loss,
-    F.smooth_l1_loss: nn.SmoothL1Loss,
-    F.huber_loss: nn.HuberLoss,
-    F.binary_cross_entropy: nn.BCELoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-}
+
+@dataclass(frozen=True)
+class Counted:
+    """The targets that count, in one window or in several together.
+
+    Args:
+        num: how many they are.
+        weight: what the mean over them divides by: their number, or the sum of their class weights where the loss has
+            some, as in torch.
+    """
+
+    num: int = 0
+    weight: float = 0.0
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(self.num + other.num, self.weight + other.weight)
+
+    def __bool__(self) -> bool:
+        """Whether there is a mean to be learned from: of targets that all weigh nothing there is none, as of none."""
+        return self.num > 0 and self.weight != 0
+
+    @property
+    def denominator(self) -> float | None:
+        """The weight where it is not the number; see `Estimate.denominator`."""
+        return None if self.weight == self.num else self.weight
+
+
+class Summed(NamedTuple):
+    """The losses of a window, summed over the targets that count.
+
+    Args:
+        total: the sum, 0-dim.
+        counted: these targets.
+        terms: the sum of each term of a loss that returns a dict, by name, 0-dim; empty for a single one.
+    """
+
+    total: Tensor
+    counted: Counted
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class WindowLoss:
+    """A loss that couples steps or lanes: pre-emphasis, a spectrum, a normaliser over the window, other lanes.
+
+    It is given whole windows as they are, targets that do not count included, since there is nothing that could stand
+    in their place; the losses of those are left out afterwards. So the estimator must run a window in one piece, and
+    the loss depends on how long windows are: `TBPTT` with k2 >= k1, `FullBPTT` with a segment of k1 steps, `Telescope`
+    and `Mixture` without segments, and whatever else does not cut a window. Anything else is refused, and so is a
+    window in which a sequence begins after its first step, as the loss would couple two sequences.
+
+    Args:
+        fn: outputs, targets -> losses, shape (T, B), or a dict of such terms; a function or an nn.Module.
+
+    Raises:
+        CapabilityError: it is not callable.
+
+    Example:
+        >>> def difference(outputs, targets):
+        ...     error = (outputs - targets).squeeze(-1)
+        ...     return error.diff(dim=0, prepend=0 * error[:1]).square()
+        >>> WindowLoss(difference).fn is difference
+        True
+    """
+
+    fn: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise CapabilityError(
+                f"a function of outputs and targets was expected, but a {type(self.fn).__name__} came",
+                fix="WindowLoss(lambda outputs, targets: ...)",
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class StepLoss:
-    """A loss made ready: it gives the sum over the valid targets of a window, and their number.
+    """A loss made ready: it gives the sum over the valid targets of a window, and what the mean divides by.
 
     Args:
-        losses: outputs, targets -> losses by step, shape (T, B).
+        losses: outputs, targets -> losses by step, shape (T, B), or a dict of such terms, which are added.
         ignored: a target value that does not count (`ignore_index` of torch's losses), or None.
         module: the loss as it was given, where it is a module: it is moved, saved and put into eval mode with the
             model, and its parameters are trained. None for a function.
+        weighted: a loss of torch whose mean divides by the weights of the targets, `weighted.weight[target]`.
+        whole: whether it is to be given whole windows; see `WindowLoss`.
     """
 
-    losses: Callable[[Tree, Tree], Tensor]
+    losses: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
     ignored: int | None = None
     module: nn.Module | None = None
+    weighted: nn.Module | None = field(default=None, repr=False)
+    whole: bool = False
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether it is a loss of torch.nn, which is known to be one of single steps."""
+        return isinstance(self.losses, TorchLoss)
 
     @staticmethod
     def of(loss: Loss) -> StepLoss:
@@ -69,7 +129,8 @@ class StepLoss:
 
         Element-wise losses of (T, B, ...) are averaged over the trailing dimensions, so that
         sum / count is torch's own mean; classification losses take outputs (T, B, C), class last, and
-        targets (T, B). Class weights scale the losses but not the count.
+        targets (T, B). With class weights the mean divides by the weights of the targets that count, as torch's does;
+        that of MultiMarginLoss, and of targets that are probabilities, by their number, as torch's does.
 
         Raises:
             ConfigError: `reduction="sum"`, which would have to be ignored.
@@ -77,33 +138,22 @@ class StepLoss:
         """
         if isinstance(loss, StepLoss):
             return loss
-        for function, kind in _FUNCTIONS.items():
+        if isinstance(loss, WindowLoss):
+            return StepLoss(loss.fn, module=loss.fn if isinstance(loss.fn, nn.Module) else None, whole=True)
+        for function, kind in FUNCTIONS.items():
             if loss is function:  # not by hash: a loss of the user's need not have one
                 return StepLoss.of(kind())
-        if not isinstance(loss, nn.Module) or type(loss).__module__ != "torch.nn.modules.loss":
-            if not callable(loss):
-                raise CapabilityError(
-                    f"a loss(outputs, targets) was expected, but a {type(loss).__name__} came",
-                    fix="loss=torch.nn.CrossEntropyLoss()",
-                )
-            return StepLoss(loss, module=loss if isinstance(loss, nn.Module) else None)
-        if not isinstance(loss, _BY_CLASS + _BY_ELEMENT):
-            known = ", ".join(kind.__name__ for kind in _BY_CLASS + _BY_ELEMENT)
+        module = loss if isinstance(loss, nn.Module) else None
+        if module is not None and type(module).__module__ == "torch.nn.modules.loss":
+            divides_by_weights = isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss)
+            ignored = cast("int | None", getattr(module, "ignore_index", None))
+            return StepLoss(of_torch(module), ignored, module, module if divides_by_weights else None)
+        if not callable(loss):
             raise CapabilityError(
-                f"torch.nn.{type(loss).__name__} is not a loss of outputs against targets, step by step; "
-                f"these are: {known}",
-                fix="pass a function loss(outputs, targets) that returns losses of shape (T, B)",
+                f"a loss(outputs, targets) was expected, but a {type(loss).__name__} came",
+                fix="loss=torch.nn.CrossEntropyLoss()",
             )
-        if loss.reduction == "sum":
-            raise ConfigError(
-                'reduction="sum" was asked for, but a window\'s loss is always sum / count over its valid '
-                "targets, so that the learning rate does not depend on the window's length",
-                fix=f"torch.nn.{type(loss).__name__}(), and scale the learning rate if a sum is meant",
-            )
-        if isinstance(loss, _BY_CLASS):
-            by_class = _ClassLoss(_reduced(loss, "none"), _reduced(loss, "sum"))
-            return StepLoss(by_class, cast("int | None", getattr(loss, "ignore_index", None)), loss)
-        return StepLoss(_ElementLoss(_reduced(loss, "none"), _reduced(loss, "sum")), module=loss)
+        return StepLoss(loss, module=module)
 
     def own_parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the loss's parameters that require a gradient and are not the model's, by name."""
@@ -121,121 +171,136 @@ class StepLoss:
         valid = window.mask & (targets != self.ignored)
         return valid, int(valid.sum())
 
+    def counted(self, window: Window) -> Counted:
+        """Return how many targets count, and what a mean over them divides by."""
+        valid, num = self.valid(window)
+        weights = None if self.weighted is None else cast("Tensor | None", self.weighted.weight)
+        targets = window.targets
+        if weights is None or not num or not isinstance(targets, Tensor) or targets.is_floating_point():
+            return Counted(num, float(num))
+        chosen = targets if num == valid.numel() else targets[valid]
+        try:
+            return Counted(num, float(weights.double()[chosen].sum()))
+        except IndexError as error:
+            known = torch.where(valid, targets, 0)
+            raise wrong_class(known, len(weights)) or error from error
+
     def by_step(self, outputs: Tree, window: Window) -> tuple[Tensor, Tensor]:
         """Return the losses, zero where a target does not count, and which do; shapes (T, B).
 
-        The loss never sees a target that the mask leaves out: it is set to zero first, so that a NaN
-        that stands for a missing value cannot reach the gradient.
+        Raises:
+            ShapeError: see `terms_by_step`.
+        """
+        terms, valid = self.terms_by_step(outputs, window)
+        return added(terms), valid
+
+    def terms_by_step(self, outputs: Tree, window: Window) -> tuple[dict[str, Tensor], Tensor]:
+        """Return each term of the losses by name, zero where a target does not count, and which do; shapes (T, B).
+
+        The name of a loss that is a single one is empty. The loss never sees a target that does not count, nor the
+        outputs there: a pair of both that does count stands in their place. So neither a NaN that stands for a missing
+        value nor a division by a target that was made up can reach the gradient. Where none counts it is not called.
 
         Raises:
-            ShapeError: the loss is not of shape (T, B), or a class lies outside the outputs.
+            ShapeError: a term is not of shape (T, B), or a class lies outside the outputs.
         """
-        valid, count = self.valid(window)
+        valid, num = self.valid(window)
         targets = window.targets
-        if count < valid.numel():
-            targets = tree_map(lambda leaf: _fill(leaf, valid), targets)
-        losses = self.losses(outputs, targets)
-        if not isinstance(losses, Tensor) or losses.shape != valid.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise _wrong_shape(losses, valid)
-        return (losses if count == valid.numel() else torch.where(valid, losses, 0.0)), valid
+        if isinstance(self.losses, TorchLoss):
+            self.losses.check(outputs, targets)
+        if not num:
+            return {"": _nothing(outputs, valid)}, valid
+        if self.whole:
+            _refuse_two_sequences(window)
+        elif num < valid.numel():
+            outputs, targets = filled(outputs, valid), filled(targets, valid)
+        found: object = cast("Callable[[Tree, Tree], object]", self.losses)(outputs, targets)
+        terms = cast("Mapping[str, object]", found) if isinstance(found, Mapping) else {"": found}
+        for name, each in terms.items():
+            if not isinstance(each, Tensor) or each.shape != valid.shape:
+                raise _wrong_shape(name, each, valid)
+        if not terms:
+            raise _wrong_shape("", found, valid)
+        known = cast("Mapping[str, Tensor]", terms)
+        if num == valid.numel():
+            return dict(known), valid
+        return {name: torch.where(valid, each, 0.0) for name, each in known.items()}, valid
 
-    def total(self, outputs: Tree, window: Window) -> tuple[Tensor, int]:
-        """Return the sum of the losses over the window's valid targets, 0-dim, and their number."""
-        count = self.valid(window)[1]
-        if count == window.mask.numel() and isinstance(self.losses, _TorchLoss) and isinstance(window.targets, Tensor):
-            return self.losses.total(outputs, window.targets), count  # torch's own sum: one kernel, not three
-        return self.by_step(outputs, window)[0].sum(), count
+    def by_single_steps(self, who: str) -> StepLoss:
+        """Return the loss itself, refusing one that is not of single steps.
 
-
-@dataclass(frozen=True)
-class _TorchLoss(ABC):
-    """A loss of torch.nn, as it is for each target, and summed."""
-
-    unreduced: nn.Module
-    summed: nn.Module
-
-    @abstractmethod
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the losses by step, shape (T, B)."""
-
-    @abstractmethod
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return their sum, 0-dim."""
-
-
-class _ClassLoss(_TorchLoss):
-    """Over classes: outputs (T, B, C) against targets (T, B)."""
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._apply(self.unreduced, outputs, targets).view(outputs.shape[:2])
-
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._apply(self.summed, outputs, targets)
-
-    def _apply(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.ndim != 3 or targets.shape not in (outputs.shape[:2], outputs.shape):
-            raise ShapeError(
-                f"{type(loss).__name__} was expected to see outputs (T, B, C), class last, and targets "
-                f"(T, B), but outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
-                fix="let the model end in nn.Linear(hidden, classes), and give class indices as targets",
+        Raises:
+            CapabilityError: it is a `WindowLoss`.
+        """
+        if self.whole:
+            raise CapabilityError(
+                f"a loss of single steps was expected by {who}, which looks at single losses or cuts its windows "
+                "elsewhere than training does, but a WindowLoss came: it is another loss for each way of cutting",
+                fix="a loss whose value at each step depends on that step alone",
             )
-        try:
-            return loss.forward(outputs.flatten(0, 1), targets.flatten(0, 1))
-        except (IndexError, RuntimeError) as error:
-            wrong = None if targets.is_floating_point() else _wrong_class(targets, outputs.shape[2])
-            if wrong is None:
-                raise
-            raise wrong from error
+        return self
+
+    def total(self, outputs: Tree, window: Window) -> Summed:
+        """Return the losses of a window, summed over its valid targets."""
+        counted = self.counted(window)
+        if isinstance(self.losses, TorchLoss) and counted.num == window.mask.numel():
+            self.losses.check(outputs, window.targets)
+            total = self.losses.total(outputs, cast(Tensor, window.targets))  # one kernel of torch's, not three
+            return Summed(total, counted, {})
+        terms, _ = self.terms_by_step(outputs, window)
+        sums = {name: each.sum() for name, each in terms.items()}
+        return Summed(added(sums), counted, {name: each.detach() for name, each in sums.items() if name})
 
 
-class _ElementLoss(_TorchLoss):
-    """Over elements: outputs and targets of one shape (T, B, ...)."""
+def filled(tree: Tree, valid: Tensor) -> Tree:
+    """Return a tree of leaves (T, B, ...) with a valid entry in the place of all that are not.
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        losses = self._apply(self.unreduced, outputs, targets)
-        return losses if losses.ndim == 2 else losses.flatten(2).mean(2)
+    Args:
+        tree: outputs or targets.
+        valid: which of its steps and lanes are; one at least. Shape (T, B), bool.
+    """
+    step, lane = valid.nonzero()[0].tolist()
 
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        total = self._apply(self.summed, outputs, targets)
-        return total if outputs.ndim == 2 else total / outputs.shape[2:].numel()
+    def fill(leaf: Tensor) -> Tensor:
+        chosen = valid.view(valid.shape + (1,) * (leaf.ndim - 2))
+        return torch.where(chosen, leaf, leaf[step, lane].detach())
 
-    def _apply(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.shape != targets.shape:  # torch would broadcast, and compare every lane with every other
-            raise ShapeError(
-                f"{type(loss).__name__} was expected to see outputs and targets of one shape, but outputs "
-                f"{tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
-                fix="outputs.squeeze(-1) in the model, or targets.unsqueeze(-1) in the stream",
-            )
-        return loss.forward(outputs, targets if targets.dtype == outputs.dtype else targets.to(outputs.dtype))
+    return tree_map(fill, tree)
 
 
-def _reduced(loss: nn.Module, reduction: str) -> nn.Module:
-    other = copy.copy(loss)
-    vars(other)["reduction"] = reduction
-    return other
+def added(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of a loss's terms."""
+    first, *others = terms.values()
+    for each in others:
+        first = first + each
+    return first
 
 
-def _fill(targets: Tensor, valid: Tensor) -> Tensor:
-    return targets.masked_fill(~valid.view(valid.shape + (1,) * (targets.ndim - 2)), 0)
+def _nothing(outputs: Tree, valid: Tensor) -> Tensor:
+    """Return a zero for each step and lane, of the type of the outputs."""
+    numbers = differentiable(outputs)
+    return torch.zeros(valid.shape, dtype=numbers[0].real.dtype if numbers else None, device=valid.device)
 
 
-def _wrong_class(targets: Tensor, classes: int) -> ShapeError | None:
-    wrong = ((targets < 0) | (targets >= classes)).nonzero()
-    if not len(wrong):
-        return None
-    step, lane = wrong[0].tolist()
-    return ShapeError(
-        f"targets in 0..{classes - 1} were expected, since the outputs have {classes} classes, but target "
-        f"{int(targets[step, lane])} stands at step {step} of the window, lane {lane} ({len(wrong)} such)",
-        fix=f"give the model at least {int(targets.max()) + 1} outputs, or mask these targets",
-    )
+def _refuse_two_sequences(window: Window) -> None:
+    inside = [step for step in window.resets if step]
+    if inside:
+        lane = int(window.reset[inside[0]].nonzero()[0])
+        raise CapabilityError(
+            f"a window within one sequence was expected for a WindowLoss, but lane {lane} begins another one at step "
+            f"{inside[0]} of {window.steps}: the loss would couple the end of one with the beginning of the next",
+            fix="sequences of whole windows, or a loss of single steps",
+        )
 
 
-def _wrong_shape(losses: object, valid: Tensor) -> ShapeError:
+def _wrong_shape(name: str, losses: object, valid: Tensor) -> ShapeError:
     steps, lanes = valid.shape
     came = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+    whose = f"the term {name!r} of the loss" if name else "the loss"
+    if isinstance(losses, Mapping):
+        came = "an empty dict" if not losses else came
     return ShapeError(
-        f"the loss was expected to return one value for each step and lane, shape (T, B) = ({steps}, {lanes}), "
-        f"but returned {came}: a loss that was already averaged cannot be weighted by the targets that count",
+        f"{whose} was expected to be one value for each step and lane, shape (T, B) = ({steps}, {lanes}), but it "
+        f"returned {came}: a loss that was already averaged cannot be weighted by the targets that count",
         fix='leave out the mean: F.mse_loss(outputs, targets, reduction="none").mean(-1)',
     )

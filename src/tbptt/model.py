@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ShapeError
 from tbptt.opaque import CONSTANTS
-from tbptt.tree import LaneDims, Tree, detach, tensors, time_slice, tree_map
+from tbptt.tree import LaneDims, Tree, detach, leaf_names, tensors, time_slice, tree_map
+from tbptt.wrappers import bare, method_of, refuse_wrapped
 
 __all__ = ["HasInitialState", "Scan", "scan"]
 
@@ -44,6 +45,11 @@ class Scan(nn.Module):
         super().__init__()
         self.cell = cell
 
+    @property
+    def kind(self) -> object:
+        """The cell itself, where `torch.compile` has been put around it."""
+        return bare(self.cell) if isinstance(self.cell, nn.Module) else self.cell
+
     def forward(self, inputs: Tree, state: Tree | None = None) -> tuple[Tree, Tree]:
         """Run the cell over inputs (T, B, ...); outputs are stacked over time."""
         outputs: list[Tree] = []
@@ -56,7 +62,7 @@ class Scan(nn.Module):
         return tree_map(lambda _: next(columns), outputs[0]), state
 
     def _step(self, inputs: Tree, state: Tree | None) -> tuple[Tree, Tree]:
-        if isinstance(self.cell, nn.RNNCellBase):  # torch's cells return their state alone
+        if isinstance(self.kind, nn.RNNCellBase):  # torch's cells return their state alone
             state = self.cell(inputs, state)
             return (state[0] if isinstance(state, tuple) else state), state
         return split_result(self.cell, self.cell(inputs, state))
@@ -67,8 +73,8 @@ class _ScanFrom(Scan):
 
     def initial_state(self, lanes: int) -> Tree:
         """Return the cell's own initial state."""
-        assert isinstance(self.cell, HasInitialState)
-        return self.cell.initial_state(lanes)
+        own = method_of(self.cell, "initial_state")
+        return own and own(lanes)
 
 
 def scan(cell: Callable[..., Any]) -> Scan:
@@ -90,7 +96,7 @@ def scan(cell: Callable[..., Any]) -> Scan:
     """
     if not callable(cell):
         raise CapabilityError(f"a cell(inputs, state) was expected, but a {type(cell).__name__} came")
-    kind = _ScanFrom if isinstance(getattr(cell, "initial_state", None), Callable) else Scan
+    kind = _ScanFrom if method_of(cell, "initial_state") else Scan
     return kind(cell)
 
 
@@ -112,32 +118,58 @@ def split_result(model: object, result: Any) -> tuple[Tree, Tree]:
     )
 
 
+def check_outputs(model: nn.Module, outputs: Tree, steps: int, lanes: int) -> None:
+    """Refuse outputs without a value for each step and lane.
+
+    Raises:
+        ShapeError: a tensor of them is not of shape (T, B, ...).
+    """
+    leaves = tensors(outputs)
+    if all(leaf.shape[:2] == (steps, lanes) for leaf in leaves):
+        return
+    index = next(index for index, leaf in enumerate(leaves) if leaf.shape[:2] != (steps, lanes))
+    shape = tuple(leaves[index].shape)
+    whose = "" if isinstance(outputs, Tensor) else f" {leaf_names(outputs)[index]}"
+    raise ShapeError(
+        f"{type(model).__name__} was expected to return outputs of shape (T, B, ...) = ({steps}, {lanes}) + (...), but "
+        f"the output{whose} has shape {shape}: without a value for each step and lane it can neither be cut at a reset "
+        "nor weighed by the targets that count",
+        fix="leave out the mean over steps and lanes: return the auxiliary loss with shape (T, B), and the state as "
+        "the second of the pair",
+    )
+
+
 def check_trainable(model: object) -> None:
     """Refuse what is known not to be trainable in windows, before anything is run.
 
     Raises:
-        CapabilityError: not an nn.Module, batch-first, bidirectional, or without parameters to train.
+        CapabilityError: not an nn.Module, batch-first, bidirectional, wrapped in what trains through `.backward()`
+            alone (`tbptt.wrappers`), or without parameters to train.
     """
     if not isinstance(model, nn.Module):
         raise CapabilityError(
             f"an nn.Module was expected, but a {type(model).__name__} came: it has no parameters to train",
             fix="tbptt.scan(cell) makes a module of a one-step cell",
         )
-    if isinstance(model, nn.RNNBase):
-        name = type(model).__name__
-        if model.batch_first:
+    refuse_wrapped(model)
+    core = bare(model)
+    if isinstance(core, nn.RNNBase):
+        name = type(core).__name__
+        if core.batch_first:
             raise CapabilityError(
                 f"nn.{name} was built with batch_first=True, but windows are time first, (T, B, ...): "
                 "it would take lanes for steps",
                 fix="tbptt.stateful(model, batch_first=True)",
             )
-        if model.bidirectional:
+        if core.bidirectional:
             raise CapabilityError(
                 f"a bidirectional nn.{name} needs the future of the sequence, so it cannot be run in windows",
                 fix="bidirectional=False",
             )
     try:
         inspect.signature(model.forward).bind(None, None)
+    except ValueError:
+        pass  # a copy of a scripted module tells no signature: what is wrong with its call is seen when it is made
     except TypeError:
         raise CapabilityError(
             f"{type(model).__name__} was expected to be called as model(inputs, state), but it takes no state",
@@ -223,25 +255,47 @@ def left_as_it_was(model: nn.Module) -> Generator[None]:
     for each in model.modules():
         rooms += [vars(each), each._buffers]  # pyright: ignore[reportPrivateUsage, reportArgumentType]
     kept = [{name: value for name, value in room.items() if isinstance(value, (Tensor, *CONSTANTS))} for room in rooms]
-    names = [set(room) for room in rooms]
+    names = [set(room.keys()) for room in rooms]  # a scripted module's buffers are no dict, and can do this alone
     held = [value for each in kept for value in each.values() if isinstance(value, Tensor)]
     before = [(value, value.detach().clone()) for value in held if value.layout == torch.strided]
     try:
         yield
     finally:
         for room, values, known in zip(rooms, kept, names, strict=True):
-            for name in set(room) - known:
+            for name in set(room.keys()) - known:
                 del room[name]
-            room.update(values)
+            for name, value in values.items():
+                room[name] = value
         with torch.no_grad():
             for value, old in before:
                 if not torch.equal(value, old):  # batch normalisation writes without a new version
                     value.copy_(old)
 
 
+@contextmanager
+def eval_mode(*modules: nn.Module | None) -> Generator[None]:
+    """Put the modules into eval mode; afterwards each of their parts is in the mode that it was in.
+
+    A part may have been put into eval mode on purpose, such as a frozen batch normalisation.
+    """
+    given = [module for module in modules if module is not None]
+    modes = [(part, part.training) for module in given for part in module.modules()]
+    before = [module.training for module in given]
+    try:
+        for module in given:
+            module.eval()
+        yield
+    finally:
+        for module, training in zip(given, before, strict=True):
+            module.train(training)  # first: a class may do more in it than set the flag
+        for part, training in modes:
+            part.training = training
+
+
 def initial_state(model: nn.Module, lanes: int) -> Tree | None:
     """Return the model's own initial state for `lanes` lanes; None when it has none of its own."""
-    return model.initial_state(lanes) if isinstance(model, HasInitialState) else None
+    own = method_of(model, "initial_state")
+    return None if own is None else own(lanes)
 
 
 def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:

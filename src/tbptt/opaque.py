@@ -87,14 +87,20 @@ def rebuild(kind: type[Any], found: Mapping[str, Any]) -> Any:
     made, slots = _blank(kind), _slots(kind)
     for name, value in found.items():
         if name == "{}":
-            dict.update(made, value)
+            dict.update(made, _exactly(dict, value))
         elif name == "[]":
-            list.extend(made, value)
+            list.extend(made, _exactly(list, value))
         elif name in slots:
             slots[name].__set__(made, value)
         else:  # past __setattr__ and properties, which may do anything, and past `__class__`
             made.__dict__[name] = value
     return made
+
+
+def _exactly(kind: type[Any], items: Any) -> Any:
+    if type(items) is not kind:  # reading the items of anything else may run code of its class
+        raise TypeError(f"a plain {kind.__name__} of items was expected, but a {type(items).__name__} came")
+    return items
 
 
 def class_name(kind: type[Any]) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from tbptt.errors import ShapeError
 from tbptt.tree import Tree, leaf_names, tensors
+from tbptt.wrappers import method_of
 
 __all__ = ["HasPathways", "HasSegments", "in_segments", "pathways_of", "segment_steps"]
 
@@ -43,7 +44,8 @@ class HasSegments(Protocol):
 
 def segment_steps(model: nn.Module) -> int:
     """Return the steps that every cut of a sequence must be a multiple of: 1 for a model that says nothing else."""
-    return (model.segment_steps() or 1) if isinstance(model, HasSegments) else 1
+    own = method_of(model, "segment_steps")
+    return 1 if own is None else own() or 1
 
 
 def in_segments(steps: int, segment: int) -> int:
@@ -70,12 +72,13 @@ def pathways_of(model: nn.Module, state: Tree) -> dict[str, tuple[int, ...]]:
         >>> pathways_of(model, model.initial_state(lanes=2))
         {'attention': (0, 1), 'memory': (3,)}
     """
-    if not isinstance(model, HasPathways):
+    own = method_of(model, "pathways")
+    if own is None:
         return {}
     leaves, names = tensors(state), leaf_names(state)
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     found: dict[str, tuple[int, ...]] = {}
-    for name, part in model.pathways(state).items():
+    for name, part in own(state).items():
         mine = [places.get(id(leaf)) for leaf in tensors(part)]
         if None in mine:
             raise ShapeError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-from tbptt.errors import ConfigError
+from torch import nn
 
-__all__ = ["HasMemories", "HasRecurrences", "Recurrence"]
+from tbptt.errors import ConfigError
+from tbptt.wrappers import bare, method_of
+
+__all__ = ["HasMemories", "HasRecurrences", "Recurrence", "memories_of", "recurrences_of"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,22 @@ class HasMemories(Protocol):
     def memories(self) -> tuple[int, ...]:
         """Return which of the state's tensors they are, by their places among `tbptt.tree.tensors(state)`."""
         ...
+
+
+def recurrences_of(model: nn.Module) -> tuple[Recurrence, ...]:
+    """Return the element-wise recurrences that a model declares, its weights by their names in `model`; () for none."""
+    own = method_of(model, "recurrences")
+    if own is None:
+        return ()
+    declared: tuple[Recurrence, ...] = own()
+    here = {id(value): name for name, value in model.named_parameters()}
+    names = {name: here[id(value)] for name, value in bare(model).named_parameters()}
+    return tuple(
+        replace(each, parameters=tuple(names.get(name, name) for name in each.parameters)) for each in declared
+    )
+
+
+def memories_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the places of a model's memories among the state's tensors; () for a model that names none."""
+    own = method_of(model, "memories")
+    return () if own is None else own()

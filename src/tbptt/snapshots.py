@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from tbptt.rereading import Rereading
 from tbptt.tree import clone, to
 from tbptt.window import Window
 
-__all__ = ["Snapshots"]
+__all__ = ["Snapshots", "load_loss_state", "loss_state"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class _Snapshot:
     carry: dict[str, Any]
     guards: list[dict[str, Any]]
     resets: Tensor | None = None
+    loss: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Snapshots:
@@ -46,6 +47,7 @@ class Snapshots:
         model: its parameters and buffers are copied.
         optimizer: over the model's parameters.
         scheduler: of the learning rate, if there is one.
+        loss: if it is a module: its parameters and buffers are copied as well.
 
     A window whose state is not carried on may have begun new sequences. These begin with the next window instead: the
     state carried there from further back is of older ones.
@@ -59,11 +61,12 @@ class Snapshots:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        loss: nn.Module | None = None,
     ) -> None:
         plans = [guard.snapshots for guard in guards if guard.snapshots is not None]
         self.plan = plans[0] if plans else None
         self.guards = list(guards)
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.model, self.optimizer, self.scheduler, self.loss = model, optimizer, scheduler, loss
         self._kept: list[_Snapshot] = []  # the oldest first
         self._last = 0  # the update after which one was taken, or gone back to, last
         self._owed: Tensor | None = None  # the lanes to reset with the next window. Shape (B,)
@@ -102,9 +105,23 @@ class Snapshots:
             scheduler=None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
             carry=clone(carry.state_dict()),
             guards=[copy.deepcopy(guard.state_dict()) for guard in self.guards],
+            loss=copy.deepcopy(loss_state(self.loss, self.model)),
         )
         self._kept = [*self._kept, taken][-self.plan.keep :]
         self._last = update
+
+    def require(self) -> None:
+        """Refuse to go back where there is nothing to go back to.
+
+        Raises:
+            ConfigError: no snapshot was taken.
+        """
+        if not self._kept:
+            raise ConfigError(
+                "a snapshot to go back to was expected, but none was taken: the guard that answers RollBack does not "
+                "say that it needs one",
+                fix="self.snapshots = SnapshotPlan(every=50, keep=2) in the guard's __init__",
+            )
 
     def restore(self, update: int, carry: Carry) -> int:
         """Go back to the oldest snapshot, in place; after `note`.
@@ -119,15 +136,11 @@ class Snapshots:
         Raises:
             ConfigError: there is none.
         """
-        if not self._kept:
-            raise ConfigError(
-                "a snapshot to go back to was expected, but none was taken: the guard that answers RollBack does not "
-                "say that it needs one",
-                fix="self.snapshots = SnapshotPlan(every=50, keep=2) in the guard's __init__",
-            )
+        self.require()
         chosen, device = self._kept[0], next(self.model.parameters()).device
         # What is given away is a copy each time: an optimizer goes on with the very tensors that it is given.
         self.model.load_state_dict(chosen.model)
+        load_loss_state(self.loss, chosen.loss)
         self.optimizer.load_state_dict(copy.deepcopy(chosen.optimizer))
         if self.scheduler is not None and chosen.scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(chosen.scheduler))
@@ -147,6 +160,28 @@ class Snapshots:
         """Take over what `state_dict` returned."""
         self._last, self._owed, self._late = state["last"], state["owed"], state["late"]
         self._kept = [_Snapshot(**each) for each in state["kept"]]
+
+
+def loss_state(loss: nn.Module | None, model: nn.Module) -> dict[str, Any]:
+    """Return the state_dict of a loss, without what is the model's, which is kept with the model.
+
+    Nothing for a function, nor for torch.nn's own losses: class weights are a setting of theirs, and no state.
+    """
+    if loss is None or type(loss).__module__ == "torch.nn.modules.loss":
+        return {}
+    models = {id(each) for each in (*model.parameters(), *model.buffers())}
+    named = dict(loss.state_dict(keep_vars=True))
+    return {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in named.items()
+        if id(value) not in models
+    }
+
+
+def load_loss_state(loss: nn.Module | None, state: dict[str, Any]) -> None:
+    """Take over what `loss_state` returned; what is the model's stays as it is."""
+    if loss is not None and state:
+        loss.load_state_dict({**loss.state_dict(), **state})
 
 
 def _begun(window: Window) -> Tensor | None:

@@ -16,13 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.checkpoint import Checkpoints, Loaded, refuse_other, weights_of
 from tbptt.checks import check_on_stream
+from tbptt.distributed import refuse_ranks
 from tbptt.errors import AlarmWarning, CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.guards.base import Guard, RollBack, check_guards, guarded
+from tbptt.first_states import first_states
+from tbptt.guards.base import Guard, RollBack, check_guards
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.interrupts import Interrupts
-from tbptt.length import scaled_rate
 from tbptt.loss import Loss, StepLoss
 from tbptt.metrics import Metric
 from tbptt.model import trainable_parameters
@@ -32,9 +33,8 @@ from tbptt.monitors.metrics import MetricsFile
 from tbptt.monitors.stability import StabilityFile
 from tbptt.monitors.timing import TimingFile
 from tbptt.randomness import random_state, seed_everything, set_random_state
-from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
-from tbptt.tree import to
+from tbptt.update import Updated, Updater
 from tbptt.window import Window
 
 __all__ = ["HeldOut", "Saving", "Summary", "Trainer"]
@@ -112,9 +112,11 @@ class Trainer:
     optimizer uses it, the monitors watch. A resumed run is, bit for bit, one that never stopped.
 
     Args:
-        model: any `model(inputs, state) -> (outputs, state)`; `tbptt.check` must let it pass.
-        loss: losses by step, or one of torch.nn's own.
-        optimizer: over the model's parameters.
+        model: any `model(inputs, state) -> (outputs, state)`; `tbptt.check` must let it pass. One that comes in eval
+            mode is put in train mode, which is said once.
+        loss: losses by step, or one of torch.nn's own. A module with parameters of its own is trained, saved and
+            resumed with the model.
+        optimizer: over the model's parameters, and the loss's if it has any; not one that needs a closure (L-BFGS).
         estimator: how the gradient is made, for example `TBPTT(k1=64, k2=64)`.
         stream: where the windows come from.
         guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`. One that changes the mean of
@@ -156,6 +158,7 @@ class Trainer:
         saving: Saving | None = None,
         checked: bool = True,
     ) -> None:
+        refuse_ranks("Trainer")
         self.model, self.loss, self.optimizer = model, StepLoss.of(loss), optimizer
         self.estimator, self.stream, self.seed, self.checked = estimator, stream, seed, checked
         self.guards = check_guards([NonFinite("raise")] if guards is None else guards, estimator)
@@ -177,16 +180,25 @@ class Trainer:
         for each in alarms:
             each.hearers = others
         self.monitors = [*others, *alarms]  # an alarm may be made an error: by then all others have seen the update
-        self.device = next(model.parameters()).device
-        for guard in self.guards:
-            guard.begin(model)
-        self.snapshots = Snapshots(self.guards, model, optimizer, scheduler)
-        self.carry: Carry = estimator.init(model, stream.lanes)
-        self.updates = self.passes = 0
+        self.updater = Updater(
+            model, self.loss, optimizer, estimator, stream.lanes, guards=self.guards, scheduler=scheduler
+        )
+        self.device = self.updater.device
+        self.passes = 0
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self._place = stream.state_dict()  # where a resumed run would go on reading
         self._begun = False
         self._saved: object = None
+
+    @property
+    def updates(self) -> int:
+        """How many updates were made, those that were refused included."""
+        return self.updater.updates
+
+    @property
+    def carry(self) -> Carry:
+        """What the estimator carries on from the last update."""
+        return self.updater.carry
 
     def run(self, updates: int | None = None, passes: int | None = None) -> Summary:
         """Train until so many updates, or passes over the stream, have been made in all.
@@ -230,10 +242,10 @@ class Trainer:
         """Check the model, and resume or start; a second `run` just goes on."""
         limits: list[str] = []
         if not self._begun:
-            loaded = None if self.checkpoints is None else self.checkpoints.load_latest()
+            loaded = None if self.checkpoints is None else self.checkpoints.load_latest(self._like, self._model_like)
             if loaded is None:
                 seed_everything(self.seed)
-                self.snapshots.take(0, self.carry)
+                self.updater.snapshots.take(0, self.carry)
             else:
                 self._restore(loaded)
             if self.checked:
@@ -273,29 +285,8 @@ class Trainer:
         raise AssertionError("unreachable")
 
     def _update(self, window: Window) -> None:
-        self.optimizer.zero_grad()  # the last gradients make room for the next
-        window = self.snapshots.with_resets(window.to(self.device))
-        raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window)
-        verdict = guarded(raw, self.guards, self.snapshots.start(window))
-        estimate = verdict if isinstance(verdict, Estimate) else None
-        applied = estimate is not None and estimate.num_injected > 0
-        rate = float(self.optimizer.param_groups[0]["lr"]) * raw.rate_factor
-        if estimate is not None and applied:
-            estimate.apply(self.model)
-            with scaled_rate(self.optimizer, estimate.rate_factor):
-                self.optimizer.step()
-            if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step()
-        # A refused window that broke the state counts as never seen, but for the sequences that it begins.
-        carried_on = estimate is not None or (verdict is None and carry.finite)
-        self.updates += 1
-        self.snapshots.note(window, carried_on=carried_on)
-        if isinstance(verdict, RollBack):
-            raw = self._rolled_back(raw, verdict)
-        elif carried_on:
-            self.carry = carry
-        if applied:
-            self.snapshots.take(self.updates, self.carry)
+        found = self.updater.update(window.to(self.device))
+        seen = found.seen if found.roll_back is None else self._told_roll_back(found.roll_back, found)
         self._place = self.stream.state_dict()
         update = Update(
             number=self.updates,
@@ -303,25 +294,25 @@ class Trainer:
             position=window.start + window.steps,
             steps=window.steps,
             lanes=window.lanes,
-            estimate=estimate or raw,
-            applied=applied,
-            learning_rate=rate,
+            estimate=seen,
+            applied=found.applied,
+            learning_rate=found.learning_rate,
             state=self.carry.state,
             weights=trainable_parameters(self.model),
         )
         for monitor in self.monitors:
             monitor.update(update)
 
-    def _rolled_back(self, raw: Estimate, verdict: RollBack) -> Estimate:
-        """Go back, while the stream goes on; return the estimate that made it so, with how far as a metric."""
-        undone = self.snapshots.restore(self.updates, self.carry)
-        text = f"update {self.updates} went back: {verdict.reason}; {undone} updates before it are undone"
+    def _told_roll_back(self, verdict: RollBack, found: Updated) -> Estimate:
+        """Tell the monitors; return the estimate that made the run go back, with how far as a metric."""
+        text = f"update {self.updates} went back: {verdict.reason}; {found.undone} updates before it are undone"
         for monitor in self.monitors:
             monitor.message(text)
-        return raw.with_gradients(raw.gradients, rolled_back=float(undone))
+        return found.raw.with_gradients(found.raw.all_gradients, rolled_back=float(found.undone))
 
     def _validate(self, held_out: HeldOut) -> None:
-        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics)
+        steps = self.estimator.next_steps(self.carry) if self.loss.whole else None
+        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics, steps=steps)
         self.validated = (self.updates, metrics)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metrics["loss"])
@@ -350,13 +341,21 @@ class Trainer:
             "validated": self.validated,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "carry": self.carry.state_dict(),
             "stream": self._place,
             "random": random_state(),
-            "guards": [guard.state_dict() for guard in self.guards],
-            "snapshots": self.snapshots.state_dict(),
+            **self.updater.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._named_monitors()},
         }
+
+    def _like(self, entry: str) -> Any:
+        """Return what an entry of a checkpoint may be made of: what this run has there, or comes to have."""
+        own = self._state().get(entry)
+        if entry not in ("carry", "snapshots"):
+            return own
+        return own, first_states(self.model, self.stream, self.estimator.next_steps(self.carry))
+
+    def _model_like(self, entry: str) -> Any:
+        return self.model.state_dict().get(entry)
 
     def _about(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""
@@ -376,13 +375,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.carry.load_state_dict(to(state["carry"], self.device))
+        self.updater.load_state_dict(state)
         self._place = state["stream"]
         self.stream.load_state_dict(self._place)
-        self.updates, self.passes, self.validated = state["updates"], state["passes"], state["validated"]
-        for guard, remembered in zip(self.guards, state["guards"], strict=True):
-            guard.load_state_dict(remembered)
-        self.snapshots.load_state_dict(state["snapshots"])
+        self.updater.updates, self.passes, self.validated = state["updates"], state["passes"], state["validated"]
         for name, monitor in self._named_monitors():
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])

@@ -195,6 +195,19 @@ def as_leaves(tree: Tree) -> Tree:
     return tree_map(leaf_of, tree)
 
 
+def as_real(value: Tensor) -> Tensor:
+    """Return a complex tensor (...) as its two parts (..., 2), a real one as it is; shares memory where it can."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def as_complex(parts: Tensor) -> Tensor:
+    """Return two parts (..., 2) as a complex tensor (...), wherever in memory they lie.
+
+    A copy: torch views as complex only what begins at an even place, and a part of a packed row need not.
+    """
+    return torch.view_as_complex(parts.clone(memory_format=torch.contiguous_format))
+
+
 def num_bytes(tree: Tree) -> int:
     """Return the memory that the tensors of `tree` refer to, in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tensors(tree))

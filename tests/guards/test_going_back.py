@@ -182,7 +182,7 @@ def test_without_the_snapshots_in_the_checkpoint_it_would_not_be_one(tmp_path: P
     run.run(updates=20)
     trainer([BackAt(11)], model(), tmp_path / "pieces").run(updates=10)
     forgetful = trainer([BackAt(11)], model(), tmp_path / "pieces")
-    anew = forgetful.snapshots
+    anew = forgetful.updater.snapshots
     monkeypatch.setattr(anew, "load_state_dict", lambda state: anew.take(10, forgetful.carry))
     forgetful.run(updates=20)
     assert largest_difference(forgetful.model, [each.detach() for each in run.model.parameters()]) > 1e-4
@@ -204,12 +204,12 @@ def test_snapshots_are_few_and_old_enough() -> None:
     made = trainer([BackAt(every=5, keep=3)], model())
     for updates in range(1, 40):
         made.run(updates=updates)
-        kept = [each["update"] for each in made.snapshots.state_dict()["kept"]]
+        kept = [each["update"] for each in made.updater.snapshots.state_dict()["kept"]]
         assert kept == [number for number in range(0, updates + 1, 5)][-3:]
     assert made.updates - kept[0] >= 10
     plain = trainer([tbptt.NonFinite()], model())
     plain.run(updates=12)
-    assert plain.snapshots.state_dict()["kept"] == []
+    assert plain.updater.snapshots.state_dict()["kept"] == []
 
 
 class Sums(nn.Module):

@@ -104,9 +104,9 @@ def test_without_any_of_it_the_losses_are_others(stopped: Path, lost: str) -> No
     net = Net()
     restore = type(net.tbptt_course)._restore
 
-    def forgets(course, run, device) -> None:
+    def forgets(course, run) -> None:
         fresh = course.carry.state_dict()
-        restore(course, run, device)
+        restore(course, run)
         if lost == "carry":
             course.carry.load_state_dict(fresh)
         elif lost == "place":

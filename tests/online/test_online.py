@@ -47,7 +47,7 @@ def by_hand(estimator: tbptt.Estimator, *, resets: tuple[int, ...] = (), unlabel
         estimate.apply(model)
         adam.step()
         begin += steps
-    online.carry = carry
+    online.updater.carry = carry
     return online
 
 
@@ -499,7 +499,7 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
 
 def exploding(online: Online) -> None:
     """Make the next gradients infinite, but not the state."""
-    online.loss = tbptt.loss.StepLoss(lambda outputs, targets: (outputs - targets) ** 2 * math.inf)
+    online.updater.loss = tbptt.loss.StepLoss(lambda outputs, targets: (outputs - targets) ** 2 * math.inf)
 
 
 def test_gradients_that_are_no_numbers_stop_it_unless_they_are_skipped() -> None:
@@ -539,9 +539,9 @@ def test_a_reset_in_a_window_that_broke_the_state_is_made_good() -> None:
     old = online.carry.state
     online.reset()
     broken = tbptt.loss.StepLoss(lambda outputs, targets: (outputs - targets) * math.nan)
-    sound, online.loss = online.loss, broken
+    sound, online.updater.loss = online.loss, broken
     online.learn_one(torch.tensor([7.0]), 0.5)
-    online.loss = sound
+    online.updater.loss = sound
     assert online.refused == 1
     assert online.carry.state is old
     with torch.no_grad():

@@ -15,8 +15,8 @@ from torch import nn
 from tbptt.adapters.conventions import Call
 from tbptt.adapters.protect import overwrites_what_it_needs, protected
 from tbptt.errors import ShapeError
-from tbptt.pathways import HasSegments
 from tbptt.tree import Tree, copy, tensors
+from tbptt.wrappers import method_of
 
 __all__ = ["Stateful", "StatefulFrom"]
 
@@ -72,7 +72,8 @@ class Stateful(nn.Module):
 
     def segment_steps(self) -> int | None:
         """Return the steps of a segment, where the module says so: see `tbptt.pathways.HasSegments`."""
-        return self.module.segment_steps() if isinstance(self.module, HasSegments) else None
+        own = method_of(self.module, "segment_steps")
+        return None if own is None else own()
 
     def _start(self, lanes: int) -> Tree | None:
         return None if self._initial is None else self._initial(lanes)

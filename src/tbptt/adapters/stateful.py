@@ -12,9 +12,8 @@ from tbptt.adapters.conventions import BatchFirst, Call, Keyword, OneStep, Outpu
 from tbptt.adapters.inside import Inside
 from tbptt.adapters.model import Stateful, StatefulFrom
 from tbptt.errors import CapabilityError, ConfigError
-from tbptt.model import HasInitialState
-from tbptt.pathways import HasPathways
 from tbptt.tree import Tree
+from tbptt.wrappers import method_of
 
 __all__ = ["stateful"]
 
@@ -100,10 +99,10 @@ def stateful(
         chosen = BatchFirst(chosen)
     if max_steps is not None:
         chosen = Pieces(chosen, max_steps)
-    if initial is None and not inside and isinstance(module, HasInitialState):
-        initial = module.initial_state
-    if pathways is None and isinstance(module, HasPathways):
-        pathways = module.pathways
+    if initial is None and not inside:
+        initial = method_of(module, "initial_state")
+    if pathways is None:
+        pathways = method_of(module, "pathways")
     kind = Stateful if initial is None else StatefulFrom
     return kind(module, chosen, in_place, initial, pathways)
 

@@ -12,6 +12,7 @@ from tbptt.checks.lanes import in_place_safety, lane_independence, reset, state
 from tbptt.checks.pathways import pathways
 from tbptt.checks.reach import Reach, measure_reach, reach
 from tbptt.checks.report import CheckItem, CheckReport
+from tbptt.checks.rounding import rounding
 from tbptt.checks.trial import Trial
 from tbptt.errors import TbpttError
 from tbptt.estimators.base import Estimator
@@ -45,7 +46,8 @@ def check(
     aligned, uneven and single steps, for outputs and for gradients; training cut at each chunk; two chunks
     before one backward pass; one lane changed; one lane reset; and of a model that says by which ways its past comes
     (`tbptt.pathways`), whether each is used and sends a gradient back. Where part of the model computes in float32
-    whatever it is asked for, what rounding does to it is measured and allowed for.
+    whatever it is asked for, what rounding does to it is measured and allowed for. A model of 16 bits is tried
+    in its own precision, too: there, chunks may be no farther from the copy than rounding takes one pass.
 
     Args:
         model: what is to be trained.
@@ -79,6 +81,8 @@ def check(
         if items[0].passed:  # without a state there is nothing else to ask
             items += [_ask(lambda ask=ask: ask(trial), ask.__name__) for ask in _QUESTIONS]
             items += _pathways(trial)
+            if trial.half is not None and all(item.passed for item in items):
+                items.append(_ask(lambda: rounding(trial), "rounding"))
         if estimator is not None and all(item.passed for item in items):
             takes_steps = not isinstance(items[1].measured.get("steps"), str)
             items.append(_ask(lambda: reach(trial, estimator, takes_steps=takes_steps), "reach"))
@@ -105,7 +109,7 @@ def check_on_stream(model: nn.Module, stream: Stream, estimator: Estimator, step
 
 
 def _name(model: nn.Module) -> str:
-    inner = model._modules.get("module")  # pyright: ignore[reportPrivateUsage]
+    inner = dict(model.named_children()).get("module")
     return type(model).__name__ if inner is None else f"{type(model).__name__}({type(inner).__name__})"
 
 

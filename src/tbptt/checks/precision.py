@@ -15,21 +15,37 @@ from tbptt.tree import Tree, differentiable, leaves, tensors, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["apart", "computes_narrower", "distance", "in_double", "project"]
+__all__ = ["apart", "cast_inputs", "computes_narrower", "distance", "half_precision", "in_double", "project"]
+
+HALF = (torch.bfloat16, torch.float16)
+"""The types of 16 bits, coarsest first."""
 
 
 def in_double(model: nn.Module, inputs: Tree) -> tuple[nn.Module, Tree] | None:
     """Return a copy of model and inputs in double precision, or None if it cannot be run so."""
-    if any(value.dtype not in (torch.float32, torch.float64) for value in model.parameters()):
+    if any(value.dtype not in (torch.float32, torch.float64, *HALF) for value in model.parameters()):
         return None
-    doubled = copy.deepcopy(model).double()
-    wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, inputs)
+    wide = cast_inputs(inputs, torch.float64)
     try:
         with torch.no_grad():
-            unroll(doubled, Window(wide), None, None)
+            unroll(copy.deepcopy(model).double(), Window(wide), None, None)
     except Exception:  # it fixes a dtype inside, or the device has no float64; else the original says it again
         return None
     return copy.deepcopy(model).double(), wide
+
+
+def cast_inputs(inputs: Tree, dtype: torch.dtype) -> Tree:
+    """Return inputs whose floating-point numbers are of a type."""
+    return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs)
+
+
+def half_precision(model: nn.Module) -> torch.dtype | None:
+    """Return the coarsest type of 16 bits that a model computes in, by its parameters or autocast; None for none."""
+    found = {value.dtype for value in model.parameters()}
+    device = next(model.parameters()).device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        found.add(torch.get_autocast_dtype(device))
+    return next((dtype for dtype in HALF if dtype in found), None)
 
 
 class _Watch(TorchDispatchMode):
@@ -42,7 +58,7 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else (result,):
-            self.narrow |= isinstance(each, Tensor) and each.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            self.narrow |= isinstance(each, Tensor) and each.dtype in (torch.float32, *HALF)
         return result
 
 

@@ -15,12 +15,11 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial
 from tbptt.estimators.base import Carry, Estimator
-from tbptt.model import fork_random, initial_state, trainable_parameters
+from tbptt.model import fork_random, initial_state, trainable_parameters, with_parameters
 from tbptt.pathways import segment_steps
 from tbptt.tree import Tree, tensors, time_cat, time_slice, tree_map
 from tbptt.unroll import unroll
@@ -104,7 +103,10 @@ class _Probe(nn.Module):
         for group, members in groupby(groups[:, 0].tolist()):
             end = begin + len(list(members))
             weights = {name: value + self.delta[group] * self.direction[name] for name, value in self.weights.items()}
-            output, state = functional_call(self.held[0], weights, (time_slice(values, begin, end), state))
+            piece = time_slice(values, begin, end)
+            output, state = with_parameters(
+                self.held[0], weights, lambda piece=piece, state=state: self.held[0](piece, state)
+            )
             pieces.append(output)
             begin = end
         return time_cat(pieces), state

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.codec.layout import layout_of
-from tbptt.codec.names import DTYPES, MARK, NUMPY_ARRAYS, NUMPY_SCALARS, PLAIN_KEYS, SURROGATES
+from tbptt.codec.names import DTYPES, FACTORIES, MARK, NUMPY_ARRAYS, NUMPY_SCALARS, PLAIN_KEYS, SURROGATES
 from tbptt.errors import CheckpointError
 from tbptt.opaque import class_name, is_container, parts
 
@@ -107,8 +107,7 @@ class Encoder:
         if kind is deque:
             return {MARK: "deque", "items": self.items(value, path), "maxlen": value.maxlen}
         if kind is defaultdict:
-            factory = self.encode(value.default_factory, f"the default of {path}")
-            return {MARK: "defaultdict", "factory": factory, "items": self.pairs(value, path)}
+            return {MARK: "defaultdict", "factory": self.factory(value, path), "items": self.pairs(value, path)}
         if kind in (slice, range):
             return {MARK: kind.__name__, "items": self.items((value.start, value.stop, value.step), path)}
         if not is_container(kind):
@@ -119,6 +118,14 @@ class Encoder:
             "class": self.name(kind, path),
             "parts": [[name, self.encode(part, f"{path}.{name}")] for name, part in found],
         }
+
+    def factory(self, value: defaultdict[Any, Any], path: str) -> dict[str, Any] | None:
+        if value.default_factory is None:
+            return None
+        for name, kind in FACTORIES.items():
+            if value.default_factory is kind:
+                return {MARK: "class", "class": name}
+        self.refuse(value.default_factory, f"the default of {path}")
 
     def name(self, kind: type[Any], path: str) -> str:
         name = class_name(kind)

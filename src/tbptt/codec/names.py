@@ -13,6 +13,9 @@ SURROGATES = ("utf-8", "surrogatepass")
 PLAIN_KEYS = (str, int, bool, float, bytes, type(None))
 """What a dict may have for keys: their hash runs no code of a class."""
 
+FACTORIES = {f"builtins:{kind.__name__}": kind for kind in (list, dict, set, int, float)}
+"""What may make the missing values of a defaultdict: it is called, and a file must not say what is called."""
+
 NUMPY_SCALARS = "biufcmM"
 """numpy's own letters: bool, int, uint, float, complex, timedelta, datetime."""
 

@@ -39,8 +39,9 @@ class _Side:
     """An estimator at work on the excerpt, round and round, its weights never updated."""
 
     def __init__(self, model: nn.Module, estimator: Estimator, loss: StepLoss, excerpt: Excerpt) -> None:
-        self.model = prepared(model, estimator, excerpt.window[: excerpt.sizes.span].inputs)
-        self.estimator, self.loss, self.excerpt = estimator, loss, excerpt
+        example = excerpt.window[: excerpt.sizes.span].inputs
+        self.model, self.loss = prepared(model, loss, estimator, example)
+        self.estimator, self.excerpt = estimator, excerpt
         self.carry: Carry = estimator.init(self.model, excerpt.window.lanes)
         self.at = self.steps = 0
         self.kinds: set[tuple[int, int]] = set()

@@ -5,6 +5,7 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from tbptt.comparison.failures import Failures
-from tbptt.comparison.settings import longest_length, longest_window, prepared
+from tbptt.comparison.settings import longest_length, longest_window
 from tbptt.errors import EndOfStream, StreamError
 from tbptt.estimators.base import Estimator
 from tbptt.estimators.carry import unit_of
@@ -103,7 +104,9 @@ def plan(
     longest_span = max(unit, _LONGEST // unit * unit)
     for name, each in estimators.items():
         with failures.kept(name):
-            steps = each.next_steps(each.init(prepared(model, each, inputs), lanes))
+            its_own = copy.deepcopy(model)
+            each.prepare(its_own, inputs)
+            steps = each.next_steps(each.init(its_own, lanes))
             reached = max([reached, *(each.reach(min(steps, longest_span)) or ())])
             windows.append(min(longest_span, longest_window(each, steps)))
             changing = longest_length(each)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tbptt.comparison.excerpt import Excerpt
 from tbptt.comparison.settings import reseeded
+from tbptt.coupling import refuse_coupled
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimator
 from tbptt.estimators.gradients import own
@@ -25,7 +26,7 @@ from tbptt.estimators.segments import Segment, pull_back
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
 from tbptt.randomness import seed_everything
-from tbptt.tree import detach
+from tbptt.tree import as_real, detach
 
 __all__ = ["Draws", "Reference", "draw", "full_gradients"]
 
@@ -85,12 +86,14 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
         segment = Segment.run(model, window[begin:end], state, dims, track=state is not None)
         state = detach(segment.end)
         if begin >= sizes.burn_in:
-            total, count = loss.total(segment.outputs, window[begin:end])
-            if count:
+            if not found:
+                refuse_coupled(loss.by_single_steps("tbptt.compare"), segment.outputs, window[begin:end], model)
+            total, counted, _ = loss.total(segment.outputs, window[begin:end])
+            if counted:
                 whole = [*chain, segment.injecting(total)]
                 reach = min(reach, sum(each.steps for each in chain))
                 pulled = pull_back(
-                    whole, [list(parameters.values())] * len(whole), total.new_ones(()) / count, keep=True
+                    whole, [list(parameters.values())] * len(whole), total.new_ones(()) / counted.weight, keep=True
                 )
                 gradients = own(parameters, pulled.gradients)
                 found[(begin - sizes.burn_in) // sizes.span] = flat(gradients, parameters)
@@ -152,17 +155,17 @@ def _one_draw(
     found: list[Tensor] = []
     lookbacks: list[int] = []
     for number, (begin, end) in enumerate([(0, excerpt.sizes.burn_in), *spans], -1):
-        total, injected, at = torch.zeros_like(reference.gradients[0], dtype=torch.float64), 0, begin
+        total, injected, at = torch.zeros_like(reference.gradients[0], dtype=torch.float64), 0.0, begin
         while at < end:
             steps = min(estimator.next_steps(carry), end - at)
             estimate, carry = estimator.estimate(model, loss, carry, excerpt.window[at : at + steps])
             at += steps
             if number >= 0 and estimate.num_injected:
                 total += flat(estimate.gradients, parameters).double() * estimate.weight
-                injected += estimate.num_injected
+                injected += estimate.weight
                 lookbacks.append(estimate.lookback)
         if number in reference.points:  # without any loss injected nothing is learned: a gradient of zero
-            found.append((total / max(1, injected)).to(reference.gradients.dtype))
+            found.append((total / injected if injected else total).to(reference.gradients.dtype))
     return torch.stack(found), fmean(lookbacks) if lookbacks else 0.0
 
 
@@ -172,7 +175,6 @@ def flat(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> T
     for name, parameter in parameters.items():
         gradient = gradients.get(name)
         gradient = torch.zeros_like(parameter) if gradient is None else gradient.detach()
-        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        pieces.append(gradient.reshape(-1).cpu())
+        pieces.append(as_real(gradient).reshape(-1).cpu())
     joined = torch.cat([piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece for piece in pieces])
     return joined

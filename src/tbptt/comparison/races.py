@@ -17,16 +17,15 @@ from tbptt.comparison.failures import Failures
 from tbptt.comparison.result import Curve
 from tbptt.comparison.settings import prepared
 from tbptt.errors import EndOfStream
-from tbptt.estimators.base import Carry, Estimate, Estimator
+from tbptt.estimators.base import Estimate, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.guards.base import Guard, RollBack, check_guards, guarded
-from tbptt.length import scaled_rate
+from tbptt.guards.base import Guard, check_guards
 from tbptt.loss import StepLoss
 from tbptt.metrics import Metric
 from tbptt.randomness import random_state, seed_everything, set_random_state
-from tbptt.snapshots import Snapshots
 from tbptt.streams.base import Stream
 from tbptt.tree import Tree
+from tbptt.update import Updater
 from tbptt.window import Window
 
 __all__ = ["BuildOptimizer", "Race", "race"]
@@ -44,7 +43,7 @@ class Race:
     """How to train.
 
     Args:
-        optimizer: makes one of a model's parameters.
+        optimizer: makes one of a model's parameters, and of the loss's own.
         seconds: of its own clock that each estimator has; None: as many as its updates take.
         updates: that each makes at most; None: as many as there is time for.
         guards: between estimate and optimizer; each estimator has fresh copies.
@@ -71,23 +70,24 @@ class Runner:
     def __init__(
         self, model: nn.Module, estimator: Estimator, loss: StepLoss, stream: Stream, setting: Race, inputs: Tree
     ) -> None:
-        self.model, self.estimator, self.loss = prepared(model, estimator, inputs), estimator, loss
-        self.stream, self.setting = stream, setting
-        self.optimizer = setting.optimizer(self.model.parameters())
-        self.guards = [copy.deepcopy(guard) for guard in check_guards(setting.guards, estimator)]
-        self.device = next(self.model.parameters()).device
-        for guard in self.guards:
-            guard.begin(self.model)
-        self.carry: Carry = estimator.init(self.model, stream.lanes)
-        self.snapshots = Snapshots(self.guards, self.model, self.optimizer)
-        self.snapshots.take(0, self.carry)
+        self.model, self.loss = prepared(model, loss, estimator, inputs)
+        self.estimator, self.stream, self.setting = estimator, stream, setting
+        optimizer = setting.optimizer([*self.model.parameters(), *self.loss.own_parameters(self.model).values()])
+        guards = [copy.deepcopy(guard) for guard in check_guards(setting.guards, estimator)]
+        self.updater = Updater(self.model, self.loss, optimizer, estimator, stream.lanes, guards=guards)
+        self.updater.snapshots.take(0, self.updater.carry)
         self.curve = Curve()
-        self.updates = self.steps = 0
+        self.steps = 0
         self.clock = 0.0
         self.fault = ""
-        self._sum, self._count = 0.0, 0  # of the losses since the last record
+        self._sum, self._weight = 0.0, 0.0  # of the losses since the last record
         self._recorded = self._validated = 0
         self._place, self._random = stream.state_dict(), random_state()
+
+    @property
+    def updates(self) -> int:
+        """How many there were, those that were refused included."""
+        return self.updater.updates
 
     @property
     def over(self) -> bool:
@@ -108,42 +108,25 @@ class Runner:
 
     def close(self) -> None:
         """End the curve where it is: losses since the last record make one more point."""
-        if self._count and not self.fault:
+        if self._weight and not self.fault:
             self._record()
 
     def _update(self) -> Estimate | None:
-        """Make one update, as the trainer does; return what was estimated, None where that was no number and undone."""
-        window = self.snapshots.with_resets(self._read().to(self.device))
-        self.optimizer.zero_grad()
-        raw, carry = self.estimator.estimate(self.model, self.loss, self.carry, window)
-        verdict = guarded(raw, self.guards, self.snapshots.start(window))
-        estimate = verdict if isinstance(verdict, Estimate) else None
-        applied = estimate is not None and estimate.num_injected > 0
-        if estimate is not None and applied:
-            estimate.apply(self.model)
-            with scaled_rate(self.optimizer, estimate.rate_factor):
-                self.optimizer.step()
-        carried_on = estimate is not None or (verdict is None and carry.finite)
-        self.updates += 1
-        self.snapshots.note(window, carried_on=carried_on)
-        if isinstance(verdict, RollBack):
-            self.snapshots.restore(self.updates, self.carry)
-        elif carried_on:
-            self.carry = carry
-        if applied:
-            self.snapshots.take(self.updates, self.carry)
+        """Make one update; return what was estimated, None where that was no number and the guards left it out."""
+        window = self._read().to(self.updater.device)
+        found = self.updater.update(window)
         self.steps += window.steps
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        went_back = isinstance(verdict, RollBack) and not math.isfinite(float(raw.loss_sum))
-        return None if went_back else raw
+        if self.updater.device.type == "cuda":
+            torch.cuda.synchronize(self.updater.device)
+        left_out = found.estimate is None and not math.isfinite(float(found.raw.loss_sum))
+        return None if left_out else found.raw
 
     def _read(self) -> Window:
         try:
-            return self.estimator.read(self.stream, self.carry)
+            return self.estimator.read(self.stream, self.updater.carry)
         except EndOfStream:
             self.stream.rewind()
-            return self.estimator.read(self.stream, self.carry)
+            return self.estimator.read(self.stream, self.updater.carry)
 
     def _note(self, estimate: Estimate | None) -> None:
         loss = 0.0 if estimate is None else float(estimate.loss_sum)
@@ -151,9 +134,9 @@ class Runner:
             self.fault = f"diverged: its loss was {loss} at update {self.updates}"
             return
         self._sum += loss
-        self._count += 0 if estimate is None else estimate.num_terms
+        self._weight += 0.0 if estimate is None else estimate.loss_weight
         done = self.setting.done(self.updates, self.clock)
-        if self._count and (done >= 1 or int(done * _RECORDS) > self._recorded):
+        if self._weight and (done >= 1 or int(done * _RECORDS) > self._recorded):
             self._recorded = int(done * _RECORDS)
             self._record()
         if self.setting.held_out is not None and (done >= 1 or int(done * _VALIDATIONS) > self._validated):
@@ -164,11 +147,12 @@ class Runner:
         self.curve.updates.append(self.updates)
         self.curve.steps.append(self.steps)
         self.curve.seconds.append(self.clock)
-        self.curve.train_loss.append(self._sum / self._count)
-        self._sum, self._count = 0.0, 0
+        self.curve.train_loss.append(self._sum / self._weight)
+        self._sum, self._weight = 0.0, 0.0
 
     def _validate(self, held_out: Stream) -> None:
-        found = evaluate(self.model, self.loss, held_out, self.setting.metrics)
+        steps = self.estimator.next_steps(self.carry) if self.loss.whole else None
+        found = evaluate(self.model, self.loss, held_out, self.setting.metrics, steps=steps)
         if not math.isfinite(found["loss"]):
             self.fault = f"diverged: its loss on held-out data was {found['loss']} at update {self.updates}"
             return

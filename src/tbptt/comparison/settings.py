@@ -12,9 +12,10 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimator
 from tbptt.length import Length
+from tbptt.loss import StepLoss
 from tbptt.tree import Tree
 
-__all__ = ["longest_length", "longest_window", "named", "prepared", "reseeded", "spell"]
+__all__ = ["copied", "longest_length", "longest_window", "named", "prepared", "reseeded", "spell"]
 
 _Settings = TypeVar("_Settings")
 
@@ -90,15 +91,20 @@ def reseeded(value: _Settings, by: int) -> _Settings:
     return replace(cast(Any, value), **changed)
 
 
-def prepared(model: nn.Module, estimator: Estimator, inputs: Tree) -> nn.Module:
-    """Return a copy of the model with what an estimator needs in it.
+def prepared(model: nn.Module, loss: StepLoss, estimator: Estimator, inputs: Tree) -> tuple[nn.Module, StepLoss]:
+    """Return a copy of the model with what an estimator needs in it, and one of the loss.
 
     Args:
         inputs: an example, leaves (T, B, ...).
     """
-    model = copy.deepcopy(model)
+    model, loss = copied(model, loss)
     estimator.prepare(model, inputs)
-    return model
+    return model, loss
+
+
+def copied(model: nn.Module, loss: StepLoss) -> tuple[nn.Module, StepLoss]:
+    """Return copies of a model and of its loss, if that is a module; weights that both have are one in the copies."""
+    return (copy.deepcopy(model), loss) if loss.module is None else copy.deepcopy((model, loss))
 
 
 def longest_window(estimator: Estimator, first: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from tbptt.comparison.gradients import Draws, Reference, draw, full_gradients
 from tbptt.comparison.notes import notes_on
 from tbptt.comparison.races import BuildOptimizer, Race, race
 from tbptt.comparison.result import Comparison, Curve, Row
-from tbptt.comparison.settings import named, prepared
+from tbptt.comparison.settings import copied, named, prepared
 from tbptt.errors import CapabilityError, ConfigError, EndOfStream
 from tbptt.estimators.base import Estimator
 from tbptt.guards.base import Guard, check_guards
@@ -154,14 +153,18 @@ def _gradients(
     failures: Failures,
 ) -> tuple[Reference, dict[str, Draws]]:
     """Return the full gradients, and what each estimator that does not fail makes of them."""
-    still = copy.deepcopy(model).eval()
+    still, its = copied(model, loss)
+    for module in (still, its.module):
+        if module is not None:
+            module.eval()
     drawn: dict[str, Draws] = {}
     with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no backward pass in eval mode
-        reference = full_gradients(still, loss, excerpt, longest)
+        reference = full_gradients(still, its, excerpt, longest)
         for name, estimator in failures.sound(estimators).items():
             with failures.kept(name):
-                its_own = prepared(still, estimator, excerpt.window[: excerpt.sizes.span].inputs)
-                drawn[name] = draw(its_own, estimator, loss, excerpt, reference, repeats=repeats, seed=seed)
+                example = excerpt.window[: excerpt.sizes.span].inputs
+                its_own, its_loss = prepared(still, its, estimator, example)
+                drawn[name] = draw(its_own, estimator, its_loss, excerpt, reference, repeats=repeats, seed=seed)
                 if not drawn[name].finite:
                     failures.add(name, "its gradient at the points compared is not finite")
     failures.raise_if_all(estimators)

@@ -173,7 +173,7 @@ class ARTBP(Estimator):
             blocks, inside = divmod(begins[index], self.block)
             return cotangent if inside else scaled(cotangent, 1 / (1 - self.rate(blocks)))
 
-        injected, denominator = run.num_terms, self._mean_steps * carry.lanes
+        injected, denominator = run.counted, self._mean_steps * carry.lanes
         pulled = run.pull(chain, injected, denominator=denominator, boundary=reweigh)
         # nothing goes on from within a segment of the model: the sequence has ended there
         cut = steps == self.length(carry.draws) or carry.missing(window) > 0

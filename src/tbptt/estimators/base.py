@@ -33,7 +33,8 @@ class Estimate:
 
     Args:
         outputs: the model's outputs for this window, detached; None unless the estimator keeps them.
-        loss: sum / count of the window's reported losses, 0-dim; NaN when it had no target.
+        loss: the mean of the window's reported losses, 0-dim, over the targets that count, with class weights over
+            their weights, as in torch; NaN when it had none.
         loss_sum: the sum of the reported losses, 0-dim.
         num_terms: the number of reported losses.
         gradients: of sum / count over the *injected* losses, keyed as `model.named_parameters()`. A parameter that no
@@ -41,16 +42,21 @@ class Estimate:
             count is random, of sum / `denominator`.
         lookback: the number of steps the newest injected loss was back-propagated through.
         boundary_norms: norm of the gradient with respect to the state at each boundary crossed, newest
-            first. Shape (K,).
+            first. Shape (K,). Which boundaries these are each estimator says.
         num_injected: the number of losses injected; with none there is nothing to learn from this window.
-        metrics: whatever else the estimator or a guard has measured.
+        metrics: whatever else the estimator or a guard has measured; "loss/NAME" for each term of a loss that returns
+            a dict of them, which add up to `loss`.
         rate_factor: what the learning rate of this one update is to be multiplied by; see `tbptt.scaled_rate`. 1 but
             for lengths that change and say so.
+        loss_denominator: what `loss_sum` is divided by to be `loss`; None: `num_terms`. Another one where the loss
+            weighs its targets by class.
         denominator: what the gradients of the summed losses were divided by; None: `num_injected`. Another one where
             that number is random and hangs together with the sum, as the mean of such ratios is not the ratio of means;
             or where the loss weighs its targets, by class: the sum of the weights of those that count.
         loss_gradients: likewise for the parameters of a loss that is a module, keyed as `loss.named_parameters()`;
             those that belong to the model as well are the model's, and stand among `gradients`.
+        boundary_lags: how many steps before the end of the window each of `boundary_norms` was measured; empty where an
+            estimator does not say.
     """
 
     outputs: Tree | None
@@ -64,7 +70,9 @@ class Estimate:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     rate_factor: float = 1.0
     denominator: float | None = None
+    loss_denominator: float | None = None
     loss_gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    boundary_lags: tuple[int, ...] = ()
 
     @property
     def all_gradients(self) -> dict[str, Tensor]:
@@ -77,6 +85,11 @@ class Estimate:
     def weight(self) -> float:
         """What the gradients are multiplied by to be those of the summed losses."""
         return float(self.num_injected) if self.denominator is None else self.denominator
+
+    @property
+    def loss_weight(self) -> float:
+        """What `loss_sum` is divided by to be `loss`; 0 where there is nothing to report."""
+        return float(self.num_terms) if self.loss_denominator is None or not self.num_terms else self.loss_denominator
 
     def apply(self, model: nn.Module, loss: object = None) -> None:
         """Write the gradients to the parameters' `.grad`, replacing whatever stood there.

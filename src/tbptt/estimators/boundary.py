@@ -28,8 +28,9 @@ class ClipBoundary:
     For a gradient that explodes on its way back: clipping the parameters' gradient afterwards keeps its size and loses
     its direction, as the exploded part is all that is left of it; clipped on the way, the near steps keep their say.
     A lane that explodes is clipped alone. It is given to the estimator, not to the trainer:
-    `TBPTT(k1=8, k2=64, boundary=ClipBoundary(1.0))`; it acts at the boundaries between windows and pieces. Choose
-    `max_norm` by `Estimate.boundary_norms`, which are those before clipping, of all lanes together.
+    `TBPTT(k1=8, k2=64, boundary=ClipBoundary(1.0))` acts at the 7 boundaries between windows that are crossed, 8, 16,
+    ..., 56 steps back, with either `replay`; `FullBPTT` between segments, `SparseAttentiveBacktracking` at its cuts.
+    Choose `max_norm` by `Estimate.boundary_norms`: before clipping, at the same boundaries, all lanes together.
 
     Not for unbiased estimators, which do not take it: what is clipped is what their mean lives by.
 

@@ -34,10 +34,14 @@ class ChainCarry:
         state: the model's state after the last window, detached; None before the first.
         dims: the lane dimension of each tensor of the state, once it has been found out.
         past: the steps that the next look-back or probe may re-run.
+        windows: the lengths of the last windows, newest first, as far as a look-back may go: where the boundaries are.
         retained: the segments whose graphs the next look-back may use, oldest first.
         lengths: how far the policies of k1 and k2 have come.
-        draws: made so far by an estimator that draws; with its seed, they say what is drawn next.
+        draws: made so far by an estimator that draws; with its seed, they say what is drawn next. Of `TBPTT`:
+            updates made.
         running: running means that it draws by; None for one of nothing yet.
+        looked: whether the lane dimensions were looked for.
+        loss_looked: whether the loss was looked at, if it is one of single steps; set in place, once it is known.
         unit: steps of a segment, where the model is cut into segments: all cuts are multiples of it. Else 1.
     """
 
@@ -45,12 +49,14 @@ class ChainCarry:
     state: Tree | None = None
     dims: LaneDims | None = None
     past: History = field(default_factory=History)
+    windows: tuple[int, ...] = ()
     retained: tuple[RetainedSegment, ...] = ()
     lengths: States = field(default_factory=dict[str, LengthState])
     draws: int = 0
     running: tuple[float | None, ...] = ()
     unit: int = 1
     looked: bool = field(default=False, repr=False)
+    loss_looked: bool = field(default=False, repr=False)
 
     @property
     def finite(self) -> bool:
@@ -70,7 +76,31 @@ class ChainCarry:
         comes from there.
         """
         carry = self.with_dims(model, window)
-        return replace(carry, past=History(), retained=()) if window.resets.get(0) else carry
+        return replace(carry, past=History(), windows=(), retained=()) if window.resets.get(0) else carry
+
+    def boundaries(self, news: int) -> list[int]:
+        """Return the steps at which windows begin inside a look-back, newest first, counted from its own first step.
+
+        Args:
+            news: the step at which the newest window begins.
+        """
+        found: list[int] = []
+        for steps in (0, *self.windows):
+            news -= steps
+            if news <= 0:
+                break
+            found.append(news)
+        return found
+
+    def windows_with(self, steps: int, keep: int) -> tuple[int, ...]:
+        """Return the lengths of the last windows, one of `steps` steps the newest, that cover `keep` steps at least."""
+        kept, total = [steps], steps
+        for each in self.windows:
+            if total >= keep:
+                break
+            kept.append(each)
+            total += each
+        return tuple(kept)
 
     def missing(self, window: Window) -> int:
         """Return how many steps `window` is short of the end of a segment, as the last one of a pass may be.
@@ -87,6 +117,7 @@ class ChainCarry:
             "dims": self.dims,
             "looked": self.looked,
             "past": [stretch.state_dict() for stretch in self.past.stretches],
+            "windows": list(self.windows),
             "retained": [segment.state_dict() for segment in self.retained],
             "lengths": {name: each.state_dict() for name, each in self.lengths.items()},
             "draws": self.draws,
@@ -101,7 +132,7 @@ class ChainCarry:
         """
         check_saved_lanes(self.lanes, state["lanes"])
         self.state, self.looked, self.draws = state["state"], state["looked"], state["draws"]
-        self.running = tuple(state["running"])
+        self.running, self.windows = tuple(state["running"]), tuple(state.get("windows", ()))
         self.dims = None if state["dims"] is None else tuple(state["dims"])
         self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
         self.lengths = states_from(state["lengths"])

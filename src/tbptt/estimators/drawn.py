@@ -20,7 +20,7 @@ from tbptt.estimators.gradients import Gradients, add, numbers_of, scaled
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Chain, Pulled, norm_of, walk_back
-from tbptt.loss import Loss, StepLoss
+from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.tree import detach
 from tbptt.window import Window
 
@@ -75,15 +75,16 @@ def drawn_estimate(
     total = news + window.steps
     end = total + missing
     # a segment begins where a part does, and where the next look-back, of whatever length, would
-    cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    all_cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    cuts = run.cuts(all_cuts, news)
     chain: Chain
     if segment is None:
         chain, stretches = run.look_back(past, window, cuts)
-        injected, state, sizes = run.num_terms, detach(chain[-1].end), [each.steps for each in chain]
+        injected, state, sizes = run.counted, detach(chain[-1].end), [each.steps for each in chain]
     else:
         pieces = HeldPieces(past, window, {*cuts, *range(0, news, segment), *range(news, total, segment)})
         chain = ReplayedChain(run, pieces, carry.state if past is None else past.state, None)
-        stretches, injected, state = chain.stretches, chain.num_targets, chain.state
+        stretches, injected, state = chain.stretches, chain.counted, chain.state
         sizes = [end - begin for begin, end in pieces.spans]
     pulled, squares = _pull(run, chain, sizes, injected, [each - missing for each in lookbacks], drawn)
     if segment is not None:
@@ -99,14 +100,14 @@ def drawn_estimate(
 
 
 def _pull(
-    run: Run, chain: Chain, sizes: Sequence[int], injected: int, lookbacks: Sequence[int], drawn: Drawn
+    run: Run, chain: Chain, sizes: Sequence[int], injected: Counted, lookbacks: Sequence[int], drawn: Drawn
 ) -> tuple[Pulled, list[float]]:
     """Return the weighted gradient, and the squared norm of each part."""
     nothing: Gradients = [None] * len(run.asked)
     parts = [nothing] * (drawn.reached + 1)
     if not injected:
         return Pulled(nothing, []), []
-    weight, norms = run.weight(injected), list[Tensor]()
+    weight, norms = run.weight(injected.weight), list[Tensor]()
     distance, of = 0, list[int]()
     for size in reversed(sizes):
         distance += size  # from the window's end to the segment's beginning

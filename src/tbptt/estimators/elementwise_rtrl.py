@@ -16,7 +16,7 @@ from tbptt.estimators.forward_mode import CarriedInfluence, Influence
 from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.sparsity import tried_step
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
-from tbptt.recurrence import HasRecurrences, Recurrence
+from tbptt.recurrence import Recurrence, recurrences_of
 from tbptt.tree import LaneDims, Tree, tensors
 from tbptt.window import Window
 
@@ -155,7 +155,7 @@ def _units_in(influence: Influence) -> list[_Units]:
 
 
 def _declared(model: nn.Module) -> tuple[Recurrence, ...]:
-    found = model.recurrences() if isinstance(model, HasRecurrences) else ()
+    found = recurrences_of(model)
     if not found:
         raise CapabilityError(
             f"a model that names its element-wise recurrences was expected, but {type(model).__name__} names none: "

@@ -26,7 +26,7 @@ from tbptt.estimators.perlane import PerLane
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Pulled, Segment, norm_of, walk_back
 from tbptt.length.base import check_whole
-from tbptt.loss import Loss, StepLoss
+from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
 from tbptt.tree import LaneDims, Tree, all_finite, detach
 from tbptt.window import Window
@@ -182,10 +182,12 @@ class ForwardMode(Estimator):
         lanes = PerLane(model, weights, chain.lanes, chain.dims, carry.vectorized)
         made = self._run(run, lanes, window)
         sums, norms, influence = self.made_of(made, influence, chain.draws)
-        count = run.num_terms
-        pulled = Pulled(_shared(sums, run.trained, count), [each / count for each in norms if count])
+        counted = run.counted
+        pulled = Pulled(_shared(sums, run.trained, counted), [each / counted.weight for each in norms if counted])
         after = replace(chain, state=detach(made[-1].segment.end), draws=chain.draws + len(made))
-        return run.estimate(pulled, count, window.steps), InfluenceCarry(after, influence, lanes.vectorized, run.names)
+        return run.estimate(pulled, counted, window.steps), InfluenceCarry(
+            after, influence, lanes.vectorized, run.names
+        )
 
     def _run(self, run: Run, lanes: PerLane, window: Window) -> list[LaneSegment]:
         """Run the window, in segments between which influence is brought on."""
@@ -275,8 +277,8 @@ def add_to(sums: dict[str, Tensor], news: Mapping[str, Tensor]) -> None:
             sums[name] = each
 
 
-def _shared(sums: Mapping[str, Tensor], weights: Mapping[str, Tensor], injected: int) -> Gradients:
-    """Return sum / count for all that is trained."""
+def _shared(sums: Mapping[str, Tensor], weights: Mapping[str, Tensor], injected: Counted) -> Gradients:
+    """Return the gradients of the mean for all that is trained."""
     if not injected:
         return [None] * len(weights)
-    return [sums[name].view_as(value) / injected if name in sums else None for name, value in weights.items()]
+    return [sums[name].view_as(value) / injected.weight if name in sums else None for name, value in weights.items()]

@@ -154,17 +154,15 @@ class FullBPTT(Estimator):
         else:
             pieces = RereadPieces(window)
         chain = ReplayedChain(run, pieces, start, self.checkpoints)
-        pulled = run.pull(chain, chain.num_targets, boundary=rule_at(self.boundary, carry.dims))
-        if (
-            self.keep_outputs and not chain.num_targets
-        ):  # then nothing was pulled, and only the newest outputs are there
+        pulled = run.pull(chain, chain.counted, boundary=rule_at(self.boundary, carry.dims))
+        if self.keep_outputs and not chain.counted:  # then nothing was pulled, and only the newest outputs are there
             for index in reversed(range(len(chain))):
                 chain[index]
         run.newest_first()
         held = History() if isinstance(pieces, RereadPieces) else History((_since_the_start(pieces.whole, start),))
         steps = window.steps if isinstance(pieces, RereadPieces) else pieces.whole.steps
         counted = {"checkpoints": float(chain.most_kept), "advances": float(chain.num_advances)}
-        estimate = run.estimate(pulled, chain.num_targets, steps, metrics=counted)
+        estimate = run.estimate(pulled, chain.counted, steps, metrics=counted)
         return estimate, replace(carry, state=chain.state, past=held)
 
     def _past(self, carry: ChainCarry) -> Stretch | None:

@@ -5,7 +5,8 @@ Letters: P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -38,31 +39,50 @@ def gradients_of(
         CapabilityError: activation checkpointing of the older kind, which cannot be asked for single gradients.
     """
     leaves = [each for each in asked if each.is_leaf]
-    hooked = [(each, each._backward_hooks) for each in leaves if each._backward_hooks]  # pyright: ignore[reportPrivateUsage]
-    standing = [(each, gradient) for each in leaves if (gradient := each.grad) is not None]
-    for each, _ in hooked:
-        each._backward_hooks = None  # pyright: ignore[reportPrivateUsage]
-    for each, _ in standing:
-        each.grad = None
-    try:
-        found = list(_grad(roots, seeds, asked, keep))
-        if any(each.grad is not None for each in leaves):
-            found = add(found, [each.grad if each.is_leaf else None for each in asked])
-            for each in leaves:
+    standing = [each.grad for each in leaves]
+    with _without_hooks(leaves):
+        for each, gradient in zip(leaves, standing, strict=True):
+            if gradient is not None:
                 each.grad = None
-    finally:
-        for each, gradient in standing:
-            each.grad = gradient
-        for each, hooks in hooked:
-            each._backward_hooks = hooks  # pyright: ignore[reportPrivateUsage]
+        try:
+            found = list(_grad(roots, seeds, asked, keep))
+            if any(each.grad is not None for each in leaves):
+                found = add(found, [each.grad if each.is_leaf else None for each in asked])
+        finally:
+            for each, gradient in zip(leaves, standing, strict=True):
+                each.grad = gradient
     return found
+
+
+def _without_hooks(leaves: Sequence[Any]) -> AbstractContextManager[None]:
+    hooks = [each._backward_hooks for each in leaves] + [each._post_accumulate_grad_hooks for each in leaves]
+    hooks = [each for each in hooks if each]
+    return _emptied(hooks) if hooks else nullcontext()
+
+
+@contextmanager
+def _emptied(hooks: Sequence[dict[int, Any]]) -> Generator[None]:
+    held = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, held, strict=True):
+            each.update(before)
+
+
+def _outside_autocast(device: str) -> AbstractContextManager[Any]:
+    """Go back as torch advises: each operation in the type that it had on the way forward, not narrowed once more."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _grad(
     roots: Sequence[Tensor], seeds: Sequence[Tensor], asked: Sequence[Tensor], keep: bool
 ) -> Sequence[Tensor | None]:
     try:
-        found = torch.autograd.grad(roots, asked, seeds, retain_graph=keep, allow_unused=True)
+        with _outside_autocast(roots[0].device.type):
+            found = torch.autograd.grad(roots, asked, seeds, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant=True" not in str(error):
             raise

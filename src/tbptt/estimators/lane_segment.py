@@ -16,7 +16,7 @@ from tbptt.errors import CapabilityError
 from tbptt.estimators.gradients import Gradients
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.segments import Segment
-from tbptt.tree import LaneDims, Tree, differentiable, tensors
+from tbptt.tree import LaneDims, Tree, as_real, differentiable, tensors
 
 __all__ = ["LaneSegment", "check_dense", "check_embeddings"]
 
@@ -125,7 +125,7 @@ class LaneSegment:
         total: Tensor | None = None
         for each, along in zip(found, cotangent_of(rows, start, self.dims), strict=True):
             if each is not None:
-                part = (_real(each) * _real(along)).sum()  # pyright: ignore[reportArgumentType]
+                part = (as_real(each) * as_real(along)).sum()  # pyright: ignore[reportArgumentType]
                 total = part if total is None else total + part
         if total is None or not total.requires_grad:
             return torch.zeros_like(rows)
@@ -166,10 +166,6 @@ class LaneSegment:
         like = self.end
         eye = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
         return [row.expand_as(like) for row in eye]
-
-
-def _real(value: Tensor) -> Tensor:
-    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def _not_copied(names: Sequence[str]) -> CapabilityError:

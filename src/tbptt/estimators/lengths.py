@@ -135,13 +135,14 @@ class Lengths:
     ) -> tuple[LengthState, dict[str, float]]:
         past = run.carry.past.last(run.model, policy.max + spread(policy.multiple) - window.steps, dims)
         draws = np.random.default_rng((state.updates, state.probes))
-        seen = probe(run.model, run.loss, past, window, dims, policy.lags, draws, policy.multiple)
+        asked = policy.asked(state)
+        seen = probe(run.model, run.loss, past, window, dims, policy.lags, draws, policy.multiple, asked)
         if seen is None:  # too early in the stream, or no target: tried again at the next update
             return state, {}
-        norms = seen.norms.mean(1).tolist()
-        state, kappa = policy.probed(state, norms)
+        state, kappa = policy.probed(state, seen.norms.mean(1).tolist(), seen.weights.tolist(), seen.missed)
         rate = decay_rate(dense(policy.lags, state.norms)) if state.norms else float("nan")
-        return state, {"needed_lookback": float(kappa), "decay_rate": rate, "probed_lags": float(policy.max)}
+        measured = {"needed_lookback": float(kappa), "decay_rate": rate, "probed_lags": float(policy.max)}
+        return state, measured | {"missed_share": state.missed}
 
 
 def _longest(length: int | Length) -> int:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tbptt.errors import CapabilityError, TbpttError
 from tbptt.estimators.rows import known_dims
-from tbptt.model import fork_random, initial_state, left_as_it_was, split_result, with_parameters
+from tbptt.model import check_outputs, fork_random, initial_state, left_as_it_was, split_result, with_parameters
 from tbptt.tree import LaneDims, Tree, detach, differentiable, replace_tensors, tensors, time_slice, tree_map
 
 __all__ = ["PerLane", "check_single_steps"]
@@ -85,6 +85,7 @@ class PerLane(nn.Module):
             mine = tree_map(lambda leaf, lane=lane: leaf[:, lane : lane + 1], inputs)
             before = None if state is None else self._state_of(lane, state)
             found.append(self._with(lane, lambda mine=mine, before=before: split_result(model, model(mine, before))))
+            check_outputs(model, found[-1][0], tensors(mine)[0].shape[0], 1)
         outputs = [tensors(each) for each, _ in found]
         joined = [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
         return replace_tensors(found[0][0], joined), self._joined_states([end for _, end in found])

@@ -351,20 +351,20 @@ class _Flight:
 
     def estimate(self) -> Estimate:
         """Return what came out of all that was run."""
-        setting, count = self.setting, self.run.num_terms
+        setting, counted = self.setting, self.run.counted
         metrics = {"vectorized": float(bool(self.vectorized))}
         if setting.own_states:
             metrics["noises"] = float(self.course.number - min(self.course.begun) + 1)  # in the longest sum
             metrics["noise_age"] = float(self.course.age + 1)
-        if not count:  # sum / count of nothing: no gradient, rather than 0 / 0
-            return self.run.estimate(Pulled([None] * len(self.sums), []), 0, 0, metrics=metrics)
-        metrics["particle_loss"] = float(self.losses) / (setting.num_particles * count)
-        scale = 1 / (setting.num_particles * setting.sigma**2 * count)
+        if not counted:  # a mean of nothing: no gradient, rather than 0 / 0
+            return self.run.estimate(Pulled([None] * len(self.sums), []), counted, 0, metrics=metrics)
+        metrics["particle_loss"] = float(self.losses) / (setting.num_particles * counted.weight)
+        scale = 1 / (setting.num_particles * setting.sigma**2 * counted.weight)
         gradients: Gradients = [
             None if each is None else (each * scale).to(parameter.dtype)
             for each, parameter in zip(self.sums, self.run.asked, strict=True)
         ]
-        return self.run.estimate(Pulled(gradients, []), count, 0, metrics=metrics)
+        return self.run.estimate(Pulled(gradients, []), counted, 0, metrics=metrics)
 
     def carry_on(self) -> ParticleCarry:
         """Return the carry after the window."""

@@ -18,6 +18,7 @@ from tbptt.estimators.history import Stretch
 from tbptt.estimators.revolve import next_kept
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Segment
+from tbptt.loss import Counted
 from tbptt.model import left_as_it_was, random_from, random_states
 from tbptt.rereading import Rereading
 from tbptt.tree import Tree, detach
@@ -118,7 +119,7 @@ class ReplayedChain:
 
     Attributes:
         state: after the last step, detached.
-        num_targets: that count, over all losses injected.
+        counted: the targets of all losses injected.
         num_advances: segments run without a graph so far.
         most_kept: the most states that were kept at one time.
         stretches: the pieces with the states before them, where all are kept; else none.
@@ -128,7 +129,7 @@ class ReplayedChain:
         self.run, self.pieces, self.slots = run, pieces, slots or sys.maxsize
         self.kept: dict[int, _Kept] = {}
         self.stretches: list[Stretch] = []
-        self.num_targets = self.num_advances = self.most_kept = 0
+        self.counted, self.num_advances, self.most_kept = Counted(), 0, 0
         state, index = start, 0
         planned = self._planned(pieces.num)
         stride = 1
@@ -195,7 +196,7 @@ class ReplayedChain:
 
     def _count(self, piece: Piece) -> None:
         if piece.losses is not None:
-            self.num_targets += self.run.loss.valid(piece.losses)[1]
+            self.counted += self.run.loss.counted(piece.losses)
 
     def _keep(self, index: int, state: Tree | None, piece: Piece) -> None:
         random = random_states(piece.steps.mask.device)

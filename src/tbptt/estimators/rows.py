@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.gradients import Gradients
-from tbptt.tree import LaneDims, Tree, differentiable, tensors
+from tbptt.tree import LaneDims, Tree, as_complex, as_real, differentiable, tensors
 
 __all__ = ["cotangent_of", "known_dims", "rows_of"]
 
@@ -40,7 +40,7 @@ def rows_of(state: Tree, dims: LaneDims | None, gradient: Gradients | None = Non
     parts: list[Tensor] = []
     for leaf, value, dim in zip(values, chosen, _lane_dims(state, dims), strict=True):
         value = torch.zeros_like(leaf) if value is None else value.detach()
-        value = torch.view_as_real(value) if value.is_complex() else value
+        value = as_real(value)
         dtype = torch.promote_types(dtype, value.dtype)  # half precision is too coarse to learn in
         parts.append(value.movedim(dim, 0).reshape(value.shape[dim], -1))
     return torch.cat([part.to(dtype) for part in parts], 1)
@@ -51,11 +51,11 @@ def cotangent_of(rows: Tensor, state: Tree, dims: LaneDims | None) -> Gradients:
     begin = 0
     found: Gradients = []
     for leaf, dim in zip(differentiable(state), _lane_dims(state, dims), strict=True):
-        like = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf
+        like = as_real(leaf.detach())
         shape = like.movedim(dim, 0).shape
         end = begin + shape[1:].numel()
-        part = rows[:, begin:end].to(like.dtype).reshape(shape).movedim(0, dim).contiguous()
-        found.append(torch.view_as_complex(part) if leaf.is_complex() else part)
+        part = rows[:, begin:end].to(like.dtype).reshape(shape).movedim(0, dim)
+        found.append(as_complex(part) if leaf.is_complex() else part.contiguous())
         begin = end
     return found
 

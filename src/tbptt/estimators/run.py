@@ -5,18 +5,21 @@ Letters: T time, B lanes, K boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from tbptt.coupling import refuse_coupled
+from tbptt.errors import CapabilityError
 from tbptt.estimators.base import LOSS_PREFIX, Estimate, by_owner
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.gradients import after_hooks, own
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, pass_on, pull_back
-from tbptt.loss import StepLoss
+from tbptt.loss import Counted, StepLoss, Summed
 from tbptt.model import trainable_parameters
 from tbptt.tree import Tree, detach, time_cat
 from tbptt.unroll import unroll
@@ -37,7 +40,8 @@ class Run:
         asked: all of these, as autograd is asked about them.
         outputs: of the window's pieces, detached; empty unless they are to be kept.
         sums: of the pieces' losses, 0-dim each.
-        num_terms: how many losses are in them.
+        counted: the targets in them.
+        terms: the same sums of each term by name, where the loss returns a dict of them.
     """
 
     def __init__(self, model: nn.Module, loss: StepLoss, carry: ChainCarry, *, keep_outputs: bool) -> None:
@@ -48,20 +52,21 @@ class Run:
         self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.num_terms = 0
+        self.counted, self._like, self._first = Counted(), torch.zeros(()), 0
+        self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
         """Run steps whose losses are reported and not learned from; return the state after them."""
         with torch.no_grad():
             outputs, state = unroll(self.model, piece, state, self.carry.dims)
-            self._count(outputs, *self.loss.total(outputs, piece))
+            self._count(outputs, self._summed(outputs, piece))
         return state
 
     def inject(self, segment: Segment, piece: Window) -> Segment:
         """Return a segment with the losses of its steps, which are counted."""
-        loss_sum, count = self.loss.total(segment.outputs, piece)
-        self._count(segment.outputs, loss_sum, count)
-        return segment.injecting(loss_sum) if count else segment
+        summed = self._summed(segment.outputs, piece)
+        self._count(segment.outputs, summed)
+        return segment.injecting(summed.total) if summed.counted.num else segment
 
     def look_back(
         self, past: Stretch | None, window: Window, cuts: Iterable[int]
@@ -91,6 +96,15 @@ class Run:
             chain.append(segment)
         return chain, stretches
 
+    def cuts(self, cuts: Iterable[int], news: int) -> list[int]:
+        """Return where segments may begin: not within a window whose losses are to be in one piece.
+
+        Args:
+            cuts: where they would, none of which changes the estimate.
+            news: where the window begins.
+        """
+        return [at for at in cuts if at <= news] if self.loss.whole else list(cuts)
+
     def newest_first(self) -> None:
         """Put what was counted from the newest segment to the oldest into the order of time."""
         self.outputs.reverse()
@@ -98,40 +112,42 @@ class Run:
 
     def weight(self, denominator: float) -> Tensor:
         """Return 1 / denominator in the type of the losses, 0-dim."""
-        return torch.full_like(self.sums[-1], 1 / denominator)
+        return torch.full_like(self._like, 1 / denominator)
 
     def pull(
         self,
         chain: Chain,
-        injected: int,
+        injected: Counted,
         *,
         denominator: float | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
+        counts: Callable[[int], bool] = lambda index: True,
     ) -> Pulled:
-        """Return the gradient of sum / count over the losses in a chain.
+        """Return the gradient of the mean over the losses in a chain.
 
         Args:
             chain: consecutive segments, oldest first.
-            injected: the count, the number of losses injected into this update.
-            denominator: what the sum is divided by instead; None: by the count.
+            injected: the targets of the losses injected into this update.
+            denominator: what the sum is divided by instead of their weight; None: by that.
             keep: whether the graphs will be used again.
-            boundary: what becomes of the gradient at each boundary.
+            boundary: what becomes of the gradient at each boundary that counts.
+            counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.asked), [])
-        return pull_back(
-            chain, [self.asked] * len(chain), self.weight(denominator or injected), keep=keep, boundary=boundary
-        )
+        weight = self.weight(denominator or injected.weight)
+        return pull_back(chain, [self.asked] * len(chain), weight, keep=keep, boundary=boundary, counts=counts)
 
     def estimate(
         self,
         pulled: Pulled,
-        injected: int,
+        injected: Counted,
         lookback: int,
         *,
         denominator: float | None = None,
         metrics: Mapping[str, float] | None = None,
+        boundary_lags: tuple[int, ...] = (),
     ) -> Estimate:
         """Return what came out of all that was run; see `Estimate`.
 
@@ -147,22 +163,46 @@ class Run:
             gradients, of_loss = by_owner(gradients)
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
         norms = pulled.boundary_norms
+        counted, by_term = self.counted, dict[str, float]()
+        for name, each in self.terms.items():
+            by_term[f"loss/{name}"] = float(torch.stack(each).sum()) / counted.weight if counted else math.nan
         return Estimate(
             outputs=time_cat(self.outputs) if self.keep_outputs else None,
-            loss=loss_sum / self.num_terms,
+            loss=loss_sum / counted.weight if counted else torch.full_like(loss_sum, math.nan),
             loss_sum=loss_sum,
-            num_terms=self.num_terms,
+            num_terms=counted.num if counted else 0,
+            loss_denominator=counted.denominator,
             gradients=gradients,
             loss_gradients=of_loss,
             lookback=lookback,
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
-            num_injected=injected,
-            denominator=denominator,
-            metrics=dict(metrics or {}),
+            boundary_lags=boundary_lags if norms else (),
+            num_injected=injected.num if injected else 0,
+            denominator=injected.denominator if denominator is None else denominator,
+            metrics=by_term | dict(metrics or {}),
         )
 
-    def _count(self, outputs: Tree, loss_sum: Tensor, count: int) -> None:
+    def _summed(self, outputs: Tree, piece: Window) -> Summed:
+        """Return the sum of a piece's losses, the first time after a look at whether they are of single steps."""
+        if self.loss.whole and self.sums:
+            raise CapabilityError(
+                "a window in one piece was expected for a WindowLoss, but the estimator cuts it, into a first piece of "
+                f"{self._first} steps: of each piece it would be another loss",
+                fix="TBPTT(k1, k2) with k2 >= k1, FullBPTT(k1, segment=k1), or a loss of single steps",
+            )
+        summed = self.loss.total(outputs, piece)
+        self._first = piece.steps
+        if summed.counted.num and not self.carry.loss_looked:
+            refuse_coupled(self.loss, outputs, piece, self.model)
+            self.carry.loss_looked = True
+        return summed
+
+    def _count(self, outputs: Tree, summed: Summed) -> None:
         if self.keep_outputs:
             self.outputs.append(detach(outputs))
-        self.sums.append(loss_sum.detach())
-        self.num_terms += count
+        self.sums.append(summed.total.detach())
+        if summed.counted.num:
+            self._like = self.sums[-1]  # without a target there is no loss that would say its type
+        self.counted += summed.counted
+        for name, each in summed.terms.items():
+            self.terms.setdefault(name, []).append(each)

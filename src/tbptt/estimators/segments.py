@@ -10,7 +10,7 @@ Letters: T time, B lanes, K boundaries, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -200,13 +200,24 @@ def pull_back(
     *,
     keep: bool = False,
     boundary: Boundary = pass_on,
+    counts: Callable[[int], bool] = lambda index: True,
 ) -> Pulled:
-    """Return the gradient of the chain's losses with respect to the parameters; see `walk_back`."""
+    """Return the gradient of the chain's losses with respect to the parameters; see `walk_back`.
+
+    Args:
+        counts: whether the boundary before a segment, by its place in the chain, is one that the method promises:
+            there `boundary` acts and the norm is reported. A cut that only the mechanism needs, as where the next
+            look-back will begin, lets the gradient pass unseen.
+    """
+
+    def act(index: int, start: Tree, cotangent: Gradients, /) -> Gradients:
+        return boundary(index, start, cotangent) if counts(index) else cotangent
+
     total: Gradients = [None] * len(parameters[-1])
     norms: list[Tensor] = []
-    for step in walk_back(chain, parameters, weight, keep=keep, boundary=boundary):
+    for step in walk_back(chain, parameters, weight, keep=keep, boundary=act):
         total = add(total, step.gradients)
-        if step.index > 0:
+        if step.index > 0 and counts(step.index):
             norms.append(norm_of(step.cotangent, weight))
     return Pulled(total, norms)
 

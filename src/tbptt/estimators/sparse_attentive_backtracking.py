@@ -21,7 +21,7 @@ from tbptt.estimators.segments import Boundary
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
-from tbptt.recurrence import HasMemories
+from tbptt.recurrence import memories_of
 from tbptt.tree import Tree, detach, differentiable, tensors
 from tbptt.window import Window
 
@@ -131,7 +131,7 @@ class SparseAttentiveBacktracking(Estimator):
             CapabilityError: the model cannot be trained in windows, or has no memories.
         """
         check_trainable(model)
-        if not isinstance(model, HasMemories) or not model.memories():
+        if not memories_of(model):
             raise CapabilityError(
                 f"a model that names its memories was expected, but {type(model).__name__} names none: with nothing to "
                 f"jump along, this would be TBPTT(k1={self.k1}, k2={self.k_trunc}, losses='all')",
@@ -163,7 +163,7 @@ class SparseAttentiveBacktracking(Estimator):
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + window.steps
         chain, stretches = run.look_back(past, window, range(news % self.k_trunc, steps, self.k_trunc))
-        injected = run.num_terms
+        injected = run.counted
         rule = along(_memories(model, chain[-1].end), rule_at(self.boundary, carry.dims))
         pulled = run.pull(chain, injected, boundary=rule)
         if lookback > self.k1:
@@ -192,8 +192,7 @@ def along(memories: Collection[int], then: Boundary) -> Boundary:
 
 def _memories(model: nn.Module, state: Tree) -> tuple[int, ...]:
     """Return the places of a model's memories in its state, seen to be there."""
-    assert isinstance(model, HasMemories)  # seen in init
-    places, leaves = model.memories(), tensors(state)
+    places, leaves = memories_of(model), tensors(state)
     wrong = [each for each in places if not 0 <= each < len(leaves) or not differentiable(leaves[each])]
     if wrong:
         raise CapabilityError(

@@ -286,7 +286,7 @@ class _Update:
         run = self.run
         segment = Segment.run(run.model, self.window, self.start, self.dims, track=self.start is not None)
         segment = run.inject(segment, self.window)
-        injected = run.num_terms
+        injected = run.counted
         with torch.no_grad():
             ahead = self.predictor(self._rows(segment.end))
         metrics = {"predicted_norm": float(torch.linalg.vector_norm(ahead))}
@@ -296,9 +296,9 @@ class _Update:
         carry = SyntheticCarry(replace(self.carry.chain, state=detach(segment.end)), trace)
         if not injected:  # no update follows, so that no weight moves before these are used
             carry.owed = {name: each for name, each in sums.items() if each is not None}
-            return run.estimate(Pulled([None] * len(run.asked), []), 0, segment.steps, metrics=metrics), carry
+            return run.estimate(Pulled([None] * len(run.asked), []), injected, segment.steps, metrics=metrics), carry
         shares: Gradients = [
-            each if each is None or name.startswith(PREFIX) else each / injected for name, each in sums.items()
+            each if each is None or name.startswith(PREFIX) else each / injected.weight for name, each in sums.items()
         ]
         return run.estimate(Pulled(shares, []), injected, segment.steps, metrics=metrics), carry
 

@@ -5,8 +5,9 @@ Letters: T time, B lanes, L steps of a window.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Integral
 from typing import ClassVar, Literal
 
@@ -23,13 +24,20 @@ from tbptt.estimators.retained import RetainedSegment, kept_for, newest
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Pulled, Segment
 from tbptt.length import Length
-from tbptt.loss import Loss, StepLoss
+from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
 from tbptt.tree import detach
 from tbptt.weights import KeptWeights
 from tbptt.window import Window
 
 __all__ = ["TBPTT"]
+
+_BOUNDARIES = 8
+"""Up to so many boundaries their norms are told; of more, at the 1st, 2nd, 4th, 8th, ... and the last."""
+_EVERY = 10
+"""A look-back that is run again, and that nobody clips, is cut at all of these at every so many-th update only: each
+cut costs a call of the model, which made an update of TBPTT(8, 64) 1.6 times as long. At the others it tells the norms
+where it is cut anyway: at the newest boundary, and at the oldest where k2 is a multiple of k1."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,12 @@ class TBPTT(Estimator):
             "retain": their graphs are kept, with the weights that they were run with; a short window may need
             a graph cut where it was not, and then runs those steps once more. Not with lengths that change.
         keep_outputs: whether estimates hold the window's outputs.
-        boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1):
-            `ClipBoundary(max_norm)` clips it there; None: it goes on as it is.
+        boundary: what becomes of the gradient at each boundary between windows that it crosses (k2 > k1), k1, 2 k1, ...
+            steps back: `ClipBoundary(max_norm)` clips it there, and the look-back is run in as many pieces; None: it
+            goes on as it is. `Estimate.boundary_norms` are those at the same boundaries, of more than 8 at the 1st,
+            2nd, 4th, 8th, ... and the last; `boundary_lags` says where. With "recompute" and without clipping they are
+            told so at every 10th update; at the others at the newest boundary, and the oldest if k2 is a multiple of
+            k1.
 
     Raises:
         ConfigError: a length that is neither a whole number from 1 nor a `Length`, an unknown choice, or
@@ -188,7 +200,7 @@ class _Regimes:
     def within(self) -> tuple[Estimate, ChainCarry]:
         """k2 <= k1: the look-back ends inside the window."""
         run, pieces = self.run, self._pieces()
-        injected = sum(run.loss.valid(self.window[begin:end])[1] for begin, end, learn in pieces if learn)
+        injected = sum((run.loss.counted(self.window[a:b]) for a, b, learn in pieces if learn), Counted())
         state, total, lookback = self.carry.state, None, 0
         for begin, end, learn in pieces:
             piece = self.window[begin:end]
@@ -201,7 +213,7 @@ class _Regimes:
             state, lookback = detach(segment.end), max(lookback, end - begin)
         assert total is not None
         past = self._past([Stretch(self.window.without_targets(), self.carry.state)], 0)
-        return run.estimate(total, injected, lookback), replace(self.carry, state=state, past=past)
+        return run.estimate(total, injected, lookback), self._after(replace(self.carry, state=state, past=past))
 
     def recompute(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the steps before the window are run again from the state k2 steps back."""
@@ -211,11 +223,20 @@ class _Regimes:
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + self.window.steps
         mark = max(0, steps + missing + self.k1 - self.k2)  # where the next look-back begins, if its window is full
-        chain, stretches = run.look_back(past, self.window, [mark])
-        injected = run.num_terms
-        pulled = run.pull(chain, injected, boundary=self.boundary)
+        boundaries = self.carry.boundaries(news)
+        told = _told(boundaries)
+        if self.setting.boundary is not None:
+            seen = boundaries  # to clip, every one of them
+        elif (self.carry.draws + 1) % _EVERY == 0:
+            seen = told
+        else:
+            seen = told = [each for each in boundaries if each in (news, mark)]
+        chain, stretches = run.look_back(past, self.window, run.cuts([mark, *seen], news))
+        injected = run.counted
+        pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
-        return run.estimate(pulled, injected, steps), carry
+        lags = tuple(steps - each for each in told)
+        return run.estimate(_telling(pulled, seen, told), injected, steps, boundary_lags=lags), self._after(carry)
 
     def retain(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the graphs of the steps before the window are still there."""
@@ -223,7 +244,7 @@ class _Regimes:
         weights = KeptWeights.of(dict(zip(run.names, run.parameters, strict=True)))
         state, steps = self.carry.state, self.window.steps
         news: list[RetainedSegment] = []
-        cut = -k2 % k1  # a later look-back will begin here, if every window is full
+        cut = 0 if run.loss.whole else -k2 % k1  # a later look-back will begin here, if every window is full
         for begin, end in pairwise(sorted({0, min(cut, steps), steps})):
             piece = self.window[begin:end]
             segment = RetainedSegment.run(run.model, piece, state, weights, dims)
@@ -239,11 +260,15 @@ class _Regimes:
         before = k2 - steps - self.carry.missing(self.window)
         chain = [*newest(run.model, self.carry.retained, self.carry.state, before, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
-        injected = run.num_terms
-        pulled = run.pull(live, injected, keep=True, boundary=self.boundary)
+        injected = run.counted
         lookback = sum(segment.steps for segment in chain)
+        seen = self.carry.boundaries(lookback - steps)
+        counts = _beginning_at(chain, seen)
+        pulled = run.pull(live, injected, keep=True, boundary=self.boundary, counts=counts)
         carry = replace(self.carry, state=state, retained=kept_for(chain, k1, k2))
-        return run.estimate(pulled, injected, lookback), carry
+        told = _told(seen)
+        lags = tuple(lookback - each for each in told)
+        return run.estimate(_telling(pulled, seen, told), injected, lookback, boundary_lags=lags), self._after(carry)
 
     def _pieces(self) -> list[tuple[int, int, bool]]:
         steps, k2 = self.window.steps, self.k2
@@ -254,7 +279,36 @@ class _Regimes:
             return [(0, begin, False), (begin, steps, True)]
         return [(begin, min(begin + k2, steps), True) for begin in range(0, steps, k2)]
 
+    def _after(self, carry: ChainCarry) -> ChainCarry:
+        """Return the carry with this window among those whose boundaries are known."""
+        keep = self.setting.lengths.remembered
+        windows = carry.windows_with(self.window.steps, keep) if keep else ()
+        return replace(carry, windows=windows, draws=carry.draws + 1)
+
     def _past(self, news: list[Stretch], replaced: int) -> History:
         """Return what is remembered for the next look-back: these stretches, and older ones if they may be needed."""
         keep = self.setting.lengths.remembered
         return self.carry.past.followed_by(news, replaced, keep) if keep else self.carry.past
+
+
+def _told(boundaries: Sequence[int]) -> list[int]:
+    """Return the boundaries whose norms are told, newest first."""
+    num = len(boundaries)
+    if num <= _BOUNDARIES:
+        return list(boundaries)
+    numbers = {2**power for power in range(num.bit_length())} | {num}
+    return [each for number, each in enumerate(boundaries, 1) if number in numbers]
+
+
+def _telling(pulled: Pulled, seen: Sequence[int], told: Sequence[int]) -> Pulled:
+    """Return what came out of a chain with the norms at some of the boundaries that were seen, newest first."""
+    if len(pulled.boundary_norms) != len(seen):  # with no loss injected nothing was sent back
+        return pulled
+    norms = [norm for norm, each in zip(pulled.boundary_norms, seen, strict=True) if each in told]
+    return Pulled(pulled.gradients, norms)
+
+
+def _beginning_at(chain: Sequence[Segment | RetainedSegment], steps: Collection[int]) -> Callable[[int], bool]:
+    """Return whether a segment of a look-back, by its place, begins at one of these steps."""
+    begins = [0, *accumulate(segment.steps for segment in chain)]
+    return lambda index: begins[index] in steps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import ConfigError
-from tbptt.estimators.base import Estimate
+from tbptt.estimators.base import LOSS_PREFIX, Estimate
 from tbptt.estimators.gradients import numbers_of, with_numbers
 from tbptt.guards.base import Guard
 from tbptt.guards.norms import flag, positive, total_norm, with_norm
@@ -63,10 +63,11 @@ class AdaptiveClip(Guard):
         self.epsilon = positive("epsilon", epsilon, "AdaptiveClip", "weights that are zero could never move", 1e-3)
         self.allow_bias = flag("allow_bias", allow_bias, "AdaptiveClip")
         self._model: weakref.ref[nn.Module] | None = None  # weak, so that a copy of the guard is none of the model
+        self._loss: weakref.ref[nn.Module] | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Look at this model's weights from now on."""
-        self._model = weakref.ref(model)
+    def begin(self, model: nn.Module, loss: nn.Module | None = None) -> None:
+        """Look at this model's weights from now on, and at those of this loss."""
+        self._model, self._loss = weakref.ref(model), None if loss is None else weakref.ref(loss)
 
     def __call__(self, estimate: Estimate) -> Estimate:
         """Return the estimate with the gradients of some units scaled."""
@@ -90,7 +91,10 @@ class AdaptiveClip(Guard):
 
     def _weights(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         model = None if self._model is None else self._model()
+        loss = None if self._loss is None else self._loss()
         weights = {} if model is None else named_parameters(model)
+        if weights and loss is not None:
+            weights |= {LOSS_PREFIX + name: each for name, each in named_parameters(loss).items()}
         if not weights:
             raise ConfigError(
                 "a model was expected to be shown before the first estimate, but none was, or it is gone: gradients "

@@ -63,9 +63,9 @@ class Guard(ABC):
     def __call__(self, estimate: Estimate) -> Estimate | RollBack | None:
         """Return the estimate to use; None to leave this update out; `RollBack` to go back as well."""
 
-    def begin(self, model: nn.Module) -> None:
-        """Hear, before the first estimate, which model they are for."""
-        del model  # most guards judge by the gradient alone
+    def begin(self, model: nn.Module, loss: nn.Module | None = None) -> None:
+        """Hear, before the first estimate, which model they are for, and which loss, where that is a module."""
+        del model, loss  # most guards judge by the gradient alone
 
     def unsettle(self, start: Start) -> None:
         """Hear, before an estimate, that it was not made from the usual state."""

@@ -105,7 +105,7 @@ class ZClip(Guard):
         if threshold is None or self.update_on_spike:
             self._learn(norm if threshold is None else threshold)
         passed = scaled_to(estimate, measured, most if threshold is None else min(most, threshold))
-        return passed.with_gradients(passed.gradients, gradient_z=z)
+        return passed.with_gradients(passed.all_gradients, gradient_z=z)
 
     def _warm(self, norm: float) -> None:
         self._norms.append(norm)

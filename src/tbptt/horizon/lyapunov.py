@@ -12,6 +12,7 @@ from tbptt.tree import (
     LaneDims,
     Tree,
     as_leaves,
+    as_real,
     detach,
     differentiable,
     replace_tensors,
@@ -88,6 +89,5 @@ def _flat(state: Tree, dims: LaneDims) -> Tensor:
     rows: list[Tensor] = []
     for leaf, dim in zip(tensors(state), dims, strict=True):
         if dim is not None and (leaf.is_floating_point() or leaf.is_complex()):
-            real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
-            rows.append(real.movedim(dim, 0).reshape(leaf.shape[dim], -1))
+            rows.append(as_real(leaf).movedim(dim, 0).reshape(leaf.shape[dim], -1))
     return torch.cat(rows, 1)

@@ -121,7 +121,7 @@ def measure(
     _refuse_broken(model)
     if checked:
         _refuse_unfit(model, stream, resolution)
-    step_loss = StepLoss.of(loss)
+    step_loss = StepLoss.of(loss).by_single_steps("horizon.measure")
     start = stream.state_dict()
     device = next(model.parameters()).device
     try:
@@ -158,6 +158,7 @@ def measure(
                 lanes=found[0].window.lanes,
                 max_lag=plan.longest,
                 samples=seen.state,
+                single=None if statistics is None else statistics.single,
                 model=type(model).__name__,
                 notes=tuple(notes),
                 fresh_loss=loss_of_fresh,

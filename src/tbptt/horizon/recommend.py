@@ -30,8 +30,9 @@ class Recommendation:
         k2: look-back, so that every loss reaches `needed` steps back at least: needed + k1 - 1; of a model with
             segments of S steps all three are multiples of S, and it is needed + k1 - S.
         needed: the look-back that a loss needs, its own step included; None when the curve is too short to say.
-        low: lower end of needed's 95 % interval over probes.
-        high: upper end; None where some of the resampled curves were too short to say.
+        low: lower end of needed's 95 % interval over probes; None where what is needed follows from the context, or
+            from the mean gradient's bias: these have no such interval.
+        high: upper end; None likewise, and where some of the resampled curves were too short to say.
         tolerance: of the relative bias.
         met: whether k2 meets it, within the limits that were given.
         lower_bound: whether the model has not learned yet to use its past, so that more may be needed later.
@@ -41,7 +42,7 @@ class Recommendation:
     k1: int
     k2: int
     needed: int | None
-    low: int
+    low: int | None
     high: int | None
     tolerance: float
     met: bool
@@ -59,12 +60,12 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Need:
-    """The look-back that a loss needs, by each of three measures.
+    """The look-back that a loss needs, by each of four measures.
 
     Args:
         by_mass: the shortest that cuts off less than the tolerance of the norm of the state's gradient, summed over
             lags; None beyond those measured.
-        low: lower end of its 95 % interval; the longest lag for "beyond".
+        low: lower end of the 95 % interval of `by_losses`; the longest lag for "beyond".
         high: upper end; None for "beyond".
         by_bias: the shortest from which on no look-back is shown (at 95 %) to bias the parameters' gradient by more;
             0 where that was not measured or cannot be told from noise; None where even the longest but one is.
@@ -73,6 +74,9 @@ class Need:
             enough.
         longest: the longest lag measured.
         trained: whether the loss is lower than with fresh weights, or that is not known.
+        by_weights: the shortest that leaves out less than the tolerance of the parameters' gradient of single losses,
+            in norm, as each longer one does; 0 where that was not measured; None where even the longest but one is too
+            short.
     """
 
     by_mass: int | None
@@ -82,6 +86,12 @@ class Need:
     by_context: int | None
     longest: int
     trained: bool
+    by_weights: int | None = 0
+
+    @property
+    def by_losses(self) -> int | None:
+        """What single losses need, by the state's gradient and by the parameters'; None for "beyond"."""
+        return None if self.by_mass is None or self.by_weights is None else max(self.by_mass, self.by_weights)
 
     @property
     def is_settled(self) -> bool:
@@ -96,9 +106,9 @@ class Need:
         """The longest of those that say something; None where one of them is beyond what was measured."""
         if self.is_settled:
             return self.by_context
-        if self.by_mass is None or self.by_bias is None or self.by_context is None:
+        if self.by_losses is None or self.by_bias is None or self.by_context is None:
             return None
-        return max(self.by_mass, self.by_bias, self.by_context)
+        return max(self.by_losses, self.by_bias, self.by_context)
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,7 @@ def need(
     tolerance: float,
     *,
     trained: bool,
+    single: Floats | None = None,
 ) -> Need:
     """Return how long a look-back must be.
 
@@ -155,18 +166,31 @@ def need(
         loss: of the same steps with all of their past.
         tolerance: of the relative bias.
         trained: whether that loss is lower than with fresh weights, or that is not known.
+        single: of each probe, the squared norm of what each look-back leaves out of the parameters' gradient, and last
+            that of all of it; at the look-backs of `bias`. Shape (N, K + 1); None where it was not measured.
     """
     longest = lags[-1]
+    known = len(lags)
 
-    def by_mass(chosen: Floats) -> Floats:
-        norms = chosen.mean(0)
+    def by_mass(chosen: Floats) -> int:
+        norms = chosen[:, :known].mean(0)
         found = needed_lookback(dense(lags, norms), tolerance) if norms.any() else 1
-        return np.array(longest + 1 if found is None else found)
+        return longest + 1 if found is None else found
 
-    mean = int(by_mass(samples))
-    low, high = np.rint(np.quantile(bootstrap(samples, by_mass), [0.025, 0.975])).astype(int).tolist()
+    def by_weights(chosen: Floats) -> int:
+        if bias is None or single is None:
+            return 0
+        *parts, whole = chosen[:, known:].sum(0).tolist()
+        found = _last_above([part > tolerance**2 * whole for part in parts], bias.at)
+        return longest + 1 if found is None else found
+
+    joined = samples if single is None else np.concatenate([samples, single], 1)
+    both = bootstrap(joined, lambda chosen: np.array(max(by_mass(chosen), by_weights(chosen))))
+    low, high = np.rint(np.quantile(both, [0.025, 0.975])).astype(int).tolist()
+    mass, weights = by_mass(joined), by_weights(joined)
     return Need(
-        by_mass=None if mean > longest else mean,
+        by_mass=None if mass > longest else mass,
+        by_weights=None if weights > longest else weights,
         low=min(low, longest),
         high=None if high > longest else high,
         by_bias=0 if bias is None else _by_bias(bias, tolerance),
@@ -179,11 +203,16 @@ def need(
 def _by_bias(bias: Band, tolerance: float) -> int | None:
     if math.isnan(bias.mean[0]):
         return 0
-    too_short = [index for index, low in enumerate(bias.low) if not low <= tolerance]
-    if not too_short:
-        return bias.at[0]
+    return _last_above([not low <= tolerance for low in bias.low], bias.at)
+
+
+def _last_above(too_short: Sequence[bool], at: Sequence[int]) -> int | None:
+    """Return the shortest look-back from which on none is too short; None where the longest but one is."""
+    wrong = [index for index, each in enumerate(too_short) if each]
+    if not wrong:
+        return at[0]
     # the longest is the reference, 0 by definition: it says nothing of itself
-    return None if too_short[-1] >= len(bias.at) - 2 else bias.at[too_short[-1] + 1]
+    return None if wrong[-1] >= len(at) - 2 else at[wrong[-1] + 1]
 
 
 def _by_context(context: Band, loss: float, tolerance: float) -> int | None:
@@ -242,19 +271,30 @@ def choose(
         )
     else:
         why.append("Measured at these weights: as the model learns, more may be needed; measure again then.")
-    return Recommendation(k1, k2, steps, needed.low, needed.high, tolerance, met, learned is False, tuple(why))
+    sure = needed.steps is None or needed.steps == needed.by_losses  # else it has no interval
+    low, high = (needed.low, needed.high) if sure else (None, None)
+    return Recommendation(k1, k2, steps, low, high, tolerance, met, learned is False, tuple(why))
 
 
 def _reasons(needed: Need, tolerance: float) -> list[str]:
     why: list[str] = []
     high = f"more than {needed.longest}" if needed.high is None else str(needed.high)
-    if needed.by_mass is None:
-        mass = f"More than {tolerance:g} of the state's gradient lies beyond the longest lag measured, {needed.longest}"
+    of = (
+        "the state's gradient"
+        if needed.by_weights == 0
+        else "the gradient of single losses, the state's or the parameters'"
+    )
+    if needed.by_losses is None:
+        mass = f"More than {tolerance:g} of {of} lies beyond the longest lag measured, {needed.longest}"
     else:
         mass = (
-            f"A look-back of {needed.by_mass} steps (95 %: {needed.low} to {high}) cuts off less than {tolerance:g} of "
-            "the state's gradient"
+            f"A look-back of {needed.by_losses} steps (95 %: {needed.low} to {high}) cuts off less than {tolerance:g} "
+            f"of {of}"
         )
+    if needed.by_weights == 0:
+        mass += ", which says nothing of weights that act at the far end of a delay alone (gradients=True would)"
+    elif needed.by_mass is not None and needed.by_weights is not None and needed.by_weights > needed.by_mass:
+        mass += f"; of the state's alone {needed.by_mass} steps would do: some weights act at the far end only"
     if needed.by_context is None:
         why.append(f"The model makes use of more context than the longest measured, {needed.longest} steps.")
     elif needed.by_context:
@@ -271,7 +311,7 @@ def _reasons(needed: Need, tolerance: float) -> list[str]:
     why.append(f"{mass}.")
     if needed.by_bias is None:
         why.append("The parameters' gradient still changes by more than that at the longest look-backs.")
-    elif needed.by_mass is not None and needed.by_bias > needed.by_mass:
+    elif needed.by_losses is not None and needed.by_bias > needed.by_losses:
         why.append(
             f"The parameters' gradient is shown to be biased by more than {tolerance:g} up to look-backs just below "
             f"{needed.by_bias}: its parts cancel, so that small ones count."

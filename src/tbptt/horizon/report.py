@@ -47,6 +47,8 @@ class HorizonReport:
         fresh_loss: the same of a copy with fresh weights; nan where not all of its modules can draw them.
         resolution: steps between two lags; of a segment where the model has segments.
         pathways: the gradient told apart by the ways in which it goes back, by name; empty for a model with one.
+        single: of each probe, the squared norm of what each look-back leaves out of its parameters' gradient, and last
+            that of all of it; None where parameters' gradients were not compared.
     """
 
     state: Band
@@ -68,6 +70,7 @@ class HorizonReport:
     fresh_loss: float = math.nan
     resolution: int = 1
     pathways: Mapping[str, Way] = field(default_factory=dict[str, Way])
+    single: Floats | None = None
 
     @property
     def has_diverged(self) -> bool:
@@ -152,9 +155,10 @@ class HorizonReport:
     ) -> Recommendation:
         """Return a k1 and a k2 whose gradient is biased by less than `tolerance`, and why.
 
-        The look-back that is needed is the longest of three: the shortest that cuts off less than the tolerance of
-        the state's gradient, in norm; the shortest from which on no longer one is shown to have a more biased
-        gradient of the parameters, for systems whose near and far influences cancel; and the shortest context with
+        The look-back that is needed is the longest of four: the shortest that cuts off less than the tolerance of
+        the state's gradient, in norm; the shortest that leaves out less of the parameters' gradient of single losses,
+        for weights that act at the far end of a delay; the shortest from which on no longer one is shown to have a more
+        biased mean gradient, for systems whose near and far influences cancel; and the shortest context with
         which the model has all but the tolerance of what its past is worth to its loss, for memories that are
         saturated, which are used and yet let no gradient through. Where a trained model's expected gradient is lost
         in the noise, its relative bias means nothing, and the context alone decides. A model that has diverged is
@@ -180,7 +184,9 @@ class HorizonReport:
             )
         context = self.context if self.learned else None
         trained = not self.loss >= self.fresh_loss  # also where that is nan
-        needed = need(self.state.at, self.samples, self.bias, context, self.loss, tolerance, trained=trained)
+        needed = need(
+            self.state.at, self.samples, self.bias, context, self.loss, tolerance, trained=trained, single=self.single
+        )
         return choose(needed, self.costs, limits, tolerance, self.learned, self.resolution)
 
     def tables(self) -> dict[str, dict[str, list[Any]]]:

@@ -102,6 +102,12 @@ class GradientStatistics:
         self._off = torch.stack([each @ each.T for each in off.unbind(1)]).numpy()
 
     @property
+    def single(self) -> Floats:
+        """Squared norms of each probe's own gradients: what each look-back leaves out, and all of it; (N, K + 1)."""
+        left_out = np.stack([np.diagonal(each) for each in self._off], 1)
+        return np.concatenate([left_out, np.diagonal(self._own[-1])[:, None]], 1)
+
+    @property
     def is_measurable(self) -> bool:
         """Whether the expected gradient of the longest look-back stands out of the noise of its probes."""
         if self._num == 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tbptt.adapters import Stateful, stateful
 from tbptt.errors import CapabilityError
 from tbptt.tree import Tree, tensors
+from tbptt.wrappers import method_of, refuse_wrapped
 
 __all__ = ["recurrent"]
 
@@ -34,7 +35,7 @@ def recurrent(module: nn.Module, *, in_place: Literal["auto", "protect", "leave"
     step: it is given them one by one there.
 
     Args:
-        module: a PreTrainedModel with a recurrent state.
+        module: a PreTrainedModel with a recurrent state, or what `peft.get_peft_model` made of one.
         in_place: see `tbptt.stateful`.
 
     Returns:
@@ -42,12 +43,14 @@ def recurrent(module: nn.Module, *, in_place: Literal["auto", "protect", "leave"
         a head, the last hidden states (T, B, D). Layers with full attention have a state that grows.
 
     Raises:
-        CapabilityError: a model that takes no state.
+        CapabilityError: a model that takes no state; one with gradient checkpointing enabled, which drops it.
 
     Exactness: each class against its own pass over the whole sequence (tests/integrations/test_transformers.py,
         transformers 5.23); run `tbptt.check` on yours.
     """
-    taken = inspect.signature(module.forward).parameters
+    refuse_wrapped(module)
+    inner = method_of(module, "get_base_model")  # PEFT's wrappers take what is not their own by **kwargs
+    taken = inspect.signature((module if inner is None else inner()).forward).parameters
     keyword = next((name for name in KEYWORDS if name in taken), None)
     if keyword is None:
         raise CapabilityError(

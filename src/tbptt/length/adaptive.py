@@ -42,6 +42,11 @@ class Adaptive(Length):
     bound over their losses, the first of which reaches one step back and the last all of them, is below `tolerance`:
     longer, but half the work for each step of the stream. That is the one to take where time counts.
 
+    The bound takes for granted that weights act all along the way. Where they act at its far end alone, as behind a
+    delay, a look-back that has most of the state's gradient may have none of the parameters'. So each probe also tries
+    the look-back asked for on the parameters' gradient itself: where that leaves out more than `tolerance`, in the
+    running mean, the length is what the parameters' gradient asks for, rounded up to the next measured lag.
+
     Guards of the method: a floor, `min`; every probe is `max` long whatever the length is, so that a short one cannot
     confirm itself; a length goes only half of the way (in log steps) at each probe; a curve that does not fall within
     `max` asks for `max`. A model that has not learned yet to look back has a short curve: choose a `min` that it can
@@ -68,8 +73,8 @@ class Adaptive(Length):
         ConfigError: bounds, a tolerance or a number of updates that cannot be meant.
 
     Exactness: biased, up to `tolerance` where the curve decays geometrically and no sign cancels; the closed form
-        is in tests/test_length.py.
-    Cost: a probe is a forward and a backward pass over `max` steps, in about 25 pieces, with memory of `max` steps;
+        is in tests/test_length.py. What lies beyond `max` cannot be seen: a curve that does not fall asks for `max`.
+    Cost: a probe is a forward and two backward passes over `max` steps, in about 25 pieces, with memory of `max` steps;
         the inputs of the last `max` steps are kept between.
     Reference: Aicher, Foti & Fox (2019), "Adaptively truncating backpropagation through time to control gradient
         bias", arXiv:1905.07473. There one probe an epoch on other sequences, no floor, no damping.
@@ -160,25 +165,47 @@ class Adaptive(Length):
         share = min(1.0, state.probes / _SETTLED)
         return state.worked >= share * _STEPS_A_PROBE * self.max and state.waited >= share * _UPDATES_A_PROBE
 
-    def probed(self, state: LengthState, norms: Sequence[float]) -> tuple[LengthState, int]:
-        """Take in the norms of one probe.
+    def asked(self, state: LengthState) -> int:
+        """Return kappa by the state's gradient as it is known so far: what the next probe tries on the parameters'."""
+        return self.needed(np.asarray(state.norms)) if state.norms else self.now(state)
+
+    def probed(
+        self, state: LengthState, norms: Sequence[float], weights: Sequence[float] = (), missed: float = 0.0
+    ) -> tuple[LengthState, int]:
+        """Take in one probe.
 
         Args:
             norms: mean norm of the state's gradient at `lags`.
+            weights: norms of what is added to the parameters' gradient by look-backs from 1 to above each lag; left
+                out: not measured.
+            missed: the share of the parameters' gradient that a look-back of `asked(state)` leaves out.
 
         Returns:
-            The state with a new length, and kappa, what the running mean of the curve asks for.
+            The state with a new length, and kappa, what the running means ask for.
         """
-        new = np.asarray(norms, dtype=np.float64)
+        new = np.asarray([*norms, *weights, missed], dtype=np.float64)
         if not np.isfinite(new).all():  # an update that explodes is for the guards to say; no length follows from it
             return replace(state, waited=0, worked=0), self.now(state)
         weight = max(_NEWEST_PROBE, 1 / (state.probes + 1))
-        mean = new if not state.norms else (1 - weight) * np.asarray(state.norms) + weight * new
-        kappa = self.needed(mean)
+        before = np.asarray([*state.norms, *state.weights, state.missed])
+        mean = (1 - weight) * before + weight * new if len(before) == len(new) else new
+        curve, added, left_out = mean[: len(norms)], mean[len(norms) : -1], float(mean[-1])
+        kappa = self.needed(curve)
+        if left_out > self.tolerance:  # what acts at the far end of a delay alone is in no norm on the way
+            kappa = max(kappa, self._needed_by_weights(added))
         length = math.exp((1 - _CHANGE) * math.log(state.length) + _CHANGE * math.log(kappa))
-        return replace(
-            state, length=length, norms=tuple(mean.tolist()), probes=state.probes + 1, waited=0, worked=0
-        ), kappa
+        if left_out > self.tolerance:  # a length in between would leave as much out
+            length = max(length, kappa)
+        state = replace(state, length=length, norms=tuple(curve.tolist()), weights=tuple(added.tolist()))
+        return replace(state, missed=left_out, probes=state.probes + 1, waited=0, worked=0), kappa
+
+    def _needed_by_weights(self, added: Floats) -> int:
+        """Return what the parameters' gradient asks for: each part of it counts as being as far back as it may be."""
+        far = np.zeros(self.max + 1)
+        far[[0, *self.lags]] = added
+        wanted = needed_window if self.windows == "plain" else needed_lookback
+        found = wanted(far, self.tolerance)
+        return self.max if found is None else self._within(found)
 
     def needed(self, norms: Floats) -> int:
         """Return kappa for norms at `lags`, within the bounds; `max` for a curve that does not fall in time."""

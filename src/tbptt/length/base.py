@@ -39,6 +39,8 @@ class LengthState:
         updates: made with it.
         length: the length now, unrounded; of `Adaptive` only, as all below.
         norms: the running mean of the curve, at the lags of `Adaptive.lags`; empty before the first probe.
+        weights: likewise of the parameters' gradient; see `tbptt.estimators.probe.Probe`.
+        missed: running mean of the share of that gradient that the look-back asked for leaves out.
         probes: made.
         waited: updates since the last probe.
         worked: steps run forward and back since then.
@@ -50,6 +52,8 @@ class LengthState:
     updates: int = 0
     length: float = 0.0
     norms: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    missed: float = 0.0
     probes: int = 0
     waited: int = 0
     worked: int = 0
@@ -64,7 +68,8 @@ class LengthState:
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> LengthState:
         """Return what `state_dict` described."""
-        values: dict[str, Any] = dict(state) | {"norms": tuple(state["norms"])}
+        curves = {name: tuple(state[name]) for name in ("norms", "weights") if name in state}
+        values: dict[str, Any] = dict(state) | curves
         return LengthState(**values)
 
 

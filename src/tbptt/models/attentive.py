@@ -172,9 +172,10 @@ class Attentive(nn.Module):
     def _looked_up(self, now: Tensor, memory: Tensor, keys: Tensor, filled: Tensor) -> Tensor:
         """Return the weighted sum of the best memories, zero where a lane has none. Shape (B, H)."""
         scores = self.score(torch.tanh(self.query(now)[:, None] + keys)).squeeze(-1)
-        lowest = torch.finfo(scores.dtype).min  # not -inf, whose softmax would be NaN in a lane with nothing stored:
+        lowest = torch.finfo(scores.dtype).min  # not -inf, whose softmax would be NaN in a lane with nothing stored
         best, chosen = scores.masked_fill(~filled, lowest).topk(self.k_top, dim=1)
-        weights = torch.softmax(best, 1)  # there it is even, over slots that still hold their zeros
+        # what was never written is not looked up: with a weight, its zeros would change no value, but get a gradient
+        weights = torch.softmax(best, 1).masked_fill(~filled.gather(1, chosen), 0.0)
         values = memory.gather(1, chosen[..., None].expand(-1, -1, memory.shape[-1]))
         return (weights[..., None] * values).sum(1)
 

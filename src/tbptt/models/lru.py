@@ -118,7 +118,7 @@ class LRU(nn.Module):
         check_numbers(inputs, self.inputs)
         first = self.layers[0]
         assert isinstance(first, _Block)
-        dtype, size = first.lru.nu_log.dtype.to_complex(), (inputs.shape[1], self.hidden)
+        dtype, size = _single(first.lru.nu_log).dtype.to_complex(), (inputs.shape[1], self.hidden)
         before = states_of_layers(state, len(self.layers), size, dtype, inputs)
         after: list[Tensor] = []
         outputs = inputs
@@ -178,20 +178,26 @@ class _Recurrent(nn.Module):
 
     def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs, (T, B, O), and the state after the last step."""
-        log_decay = torch.complex(-self.nu_log.exp(), self.theta_log.exp())
+        log_decay = torch.complex(-_single(self.nu_log).exp(), _single(self.theta_log).exp())
         states = linear_scan(self._driven(inputs), log_decay, state, self.scan)
         # Re(C h) as one real product: half the arithmetic of a complex one, whose imaginary part nobody wants
         shown = torch.stack([self.C_real, -self.C_imag], 2).flatten(1)
-        return linear(torch.view_as_real(states).flatten(-2), shown) + linear(inputs, self.D), states[-1]
+        read = torch.view_as_real(states).flatten(-2).to(shown.dtype)
+        return linear(read, shown) + linear(inputs, self.D), states[-1]
 
     def _driven(self, inputs: Tensor) -> Tensor:
         """Return γ ⊙ (B x), (T, B, N): of the two ways the one that scales fewer numbers by γ."""
-        gamma = self.gamma_log.exp()
+        gamma = _single(self.gamma_log).exp()
         if inputs.shape[0] * inputs.shape[1] < inputs.shape[2]:
             return torch.complex(gamma * linear(inputs, self.B_real), gamma * linear(inputs, self.B_imag))
         weight = gamma[:, None, None] * torch.stack([self.B_real, self.B_imag], 1)
-        parts = linear(inputs, weight.flatten(0, 1)).unflatten(-1, (-1, 2))
+        parts = linear(inputs, weight.flatten(0, 1).to(self.B_real.dtype)).unflatten(-1, (-1, 2))
         return torch.view_as_complex(parts.to(gamma.dtype))  # of autocast's narrower ones there are no complex ones
+
+
+def _single(value: Tensor) -> Tensor:
+    """Return a tensor in single precision at least: torch has no complex bfloat16, and hardly any complex half."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 class _Block(nn.Module):

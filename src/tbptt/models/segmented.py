@@ -11,6 +11,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from tbptt.codec import registered_class
 from tbptt.errors import ConfigError, ShapeError
 from tbptt.models.arguments import check_dropout, check_numbers, check_sizes, embedded
 from tbptt.models.attention import Block, Layout
@@ -19,6 +20,7 @@ from tbptt.tree import Tree, tensors
 __all__ = ["SegmentState", "SegmentTransformer"]
 
 
+@registered_class
 class SegmentState(NamedTuple):
     """What is carried from segment to segment. Sizes stay, so that single lanes can start anew.
 

@@ -181,8 +181,7 @@ class Alarms(Monitor):
             "raised": [asdict(alarm) for alarm in self.raised],
             "active": sorted(self._active),
             "watches": {watch.name: watch.state_dict() for watch in self.watches},
-            "loss_sum": self._losses.total(),
-            "terms": self._losses.num_terms,
+            **self._losses.state_dict(),
             "norms": list(self._norms),
             "updates": self._num_updates,
             "broken": self._num_broken,
@@ -195,7 +194,7 @@ class Alarms(Monitor):
         for watch in self.watches:
             if watch.name in state["watches"]:
                 watch.load_state_dict(state["watches"][watch.name])
-        self._losses = LossSum(state["loss_sum"], state["terms"])
+        self._losses = LossSum.from_state_dict(state)
         self._norms = list(state["norms"])
         self._num_updates, self._num_broken = state["updates"], state["broken"]
 

@@ -89,15 +89,14 @@ class MetricsFile(Monitor):
 
     def _remembered(self) -> dict[str, Any]:
         return {
-            "loss_sum": self._losses.total(),
-            "terms": self._losses.num_terms,
+            **self._losses.state_dict(),
             "updates": self._num_updates,
             "refused": self._num_refused,
             "last": self._last,
         }
 
     def _recall(self, state: dict[str, Any]) -> None:
-        self._losses = LossSum(state.get("loss_sum", 0.0), state.get("terms", 0))
+        self._losses = LossSum.from_state_dict(state)
         self._num_updates: int = state.get("updates", 0)
         self._num_refused: int = state.get("refused", 0)
         self._last: dict[str, Any] = state.get("last", {})  # what a line says of its last update alone

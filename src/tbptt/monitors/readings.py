@@ -57,15 +57,17 @@ class Running:
 class LossSum:
     """The losses of several updates, and how many they are; a device is waited for only when they are asked for."""
 
-    def __init__(self, total: float = 0.0, num_terms: int = 0) -> None:
+    def __init__(self, total: float = 0.0, num_terms: int = 0, weight: float | None = None) -> None:
         self._total = total
         self._pending: list[Tensor] = []
         self.num_terms = num_terms
+        self._weight = float(num_terms) if weight is None else weight
 
     def add(self, estimate: Estimate) -> None:
         """Take in the losses of one update."""
         self._pending.append(estimate.loss_sum)
         self.num_terms += estimate.num_terms
+        self._weight += estimate.loss_weight
         if len(self._pending) >= _MOST_PENDING:
             self.total()
 
@@ -79,9 +81,18 @@ class LossSum:
         return self._total
 
     def mean(self) -> float | None:
-        """Return sum / count; None for no loss."""
+        """Return the mean of all of them, by class weights where the loss has some; None for no loss."""
         total = self.total()
-        return total / self.num_terms if self.num_terms else None
+        return total / self._weight if self._weight else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as plain numbers."""
+        return {"loss_sum": self.total(), "terms": self.num_terms, "weight": self._weight}
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> LossSum:
+        """Return what `state_dict` described; of nothing, one of no losses."""
+        return LossSum(state.get("loss_sum", 0.0), state.get("terms", 0), state.get("weight"))
 
 
 @dataclass(frozen=True)

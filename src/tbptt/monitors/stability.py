@@ -135,6 +135,7 @@ class StabilityFile(Monitor):
             "rate_factor": json_number(estimate.rate_factor),
             "gradient_norm": json_number(update.gradient_norm()),
             "boundary_norms": [json_number(norm) for norm in estimate.boundary_norms.tolist()],
+            "boundary_lags": list(estimate.boundary_lags),
             "state_norm": json_number(state.norm),
             "state_drift": json_number(drift),
             "saturated": state.saturated,

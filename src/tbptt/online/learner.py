@@ -16,20 +16,22 @@ from torch.optim import Optimizer
 
 from tbptt.checkpoint import Checkpoints, refuse_other, weights_of
 from tbptt.checks import CheckReport, check
-from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, ConfigError, ShapeError
+from tbptt.codec import UnknownClassError
+from tbptt.distributed import refuse_ranks
+from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, ShapeError
 from tbptt.estimators import FullBPTT
-from tbptt.estimators.base import Carry, Estimate, Estimator
-from tbptt.guards.base import Guard, RollBack, check_guards, guarded
+from tbptt.estimators.base import Carry, Estimator
+from tbptt.first_states import states_of
+from tbptt.guards.base import Guard, check_guards
 from tbptt.guards.nonfinite import NonFinite
-from tbptt.length import scaled_rate
 from tbptt.loss import Loss, StepLoss
 from tbptt.online.drift import DriftDetector, DriftWatch
 from tbptt.online.pending import Pending, Step
 from tbptt.online.running import Running
 from tbptt.online.values import Entry, Lift, check_whole
 from tbptt.randomness import random_state, set_random_state
-from tbptt.snapshots import Snapshots
 from tbptt.tree import Tree, clone, tensors, time_slice, to
+from tbptt.update import Updater
 from tbptt.window import Window
 
 __all__ = ["Online"]
@@ -49,8 +51,8 @@ class Online:
 
     Args:
         model: any `model(inputs, state) -> (outputs, state)`.
-        loss: losses by step, or one of torch.nn's own.
-        optimizer: over the model's parameters.
+        loss: losses by step, or one of torch.nn's own. A module with parameters of its own is trained and saved, too.
+        optimizer: over the model's parameters, and the loss's if it has any; not one that needs a closure (L-BFGS).
         estimator: how the gradient is made, for example `TBPTT(k1=1, k2=24)`.
         guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`. None that goes back.
         lanes: the number of sequences side by side, B. With one, values have no lane dimension.
@@ -101,6 +103,7 @@ class Online:
         label_patience: int = 0,
         drift: DriftDetector | None = None,
     ) -> None:
+        refuse_ranks("Online")
         check_whole("lanes", lanes, 1)
         check_whole("label_patience", label_patience, 0)
         self.model, self.loss, self.optimizer, self.estimator = model, StepLoss.of(loss), optimizer, estimator
@@ -113,20 +116,22 @@ class Online:
                 "stream has no end, and cannot be read again",
                 fix="TBPTT(k1=1, k2=24), or FullBPTT(k1=...)",
             )
-        self.carry: Carry = estimator.init(model, lanes)
+        self.updater = Updater(model, self.loss, optimizer, estimator, lanes, guards=self.guards)
         weight = next(each for each in model.parameters())
         dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), weight.dtype)
         self.device = weight.device
-        for guard in self.guards:
-            guard.begin(model)
         self.steps = self.updates = self.refused = 0
         self.metrics: dict[str, float] = {}
         self._entry = Entry(Lift(lanes, dtype, weight.device))
         self._running = Running(model, lanes)
         self._pending = Pending(label_patience)
-        self._snapshots = Snapshots(self.guards, model, optimizer)  # which only knows from where a window starts
         self._reset: Tensor | None = None  # the lanes whose sequence begins with the next step. Shape (B,)
         self._watch = DriftWatch(drift, self.loss)
+
+    @property
+    def carry(self) -> Carry:
+        """What the estimator carries on from the last window."""
+        return self.updater.carry
 
     @property
     def given_up(self) -> int:
@@ -251,13 +256,23 @@ class Online:
         number = int(newest[0].name.split("-")[1].split(".")[0]) + 1 if newest else 1
         return checkpoints.save(number, self.state_dict(), self.model.state_dict())
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, example: Any = None) -> None:
         """Go on from what was saved last in the directory `path`, as if it had never stopped.
 
+        Args:
+            path: as given to `save`.
+            example: a step like those to come, as for `predict_one`. Only for a model whose state has objects of
+                classes in it: the model is run on it, and the file may hold objects of the classes that are found.
+
         Raises:
-            CheckpointError: there is nothing, nothing sound, or what another learner has saved.
+            CheckpointError: there is nothing, nothing sound, or what another learner has saved; or objects of classes
+                that this learner does not have.
         """
-        loaded = Checkpoints(path).load_latest()
+        try:
+            loaded = Checkpoints(path).load_latest(lambda entry: self._like(entry, example), self._like_model)
+        except UnknownClassError as error:
+            fix = f"online.load(path, example=x), with one step x like those to come; else {error.fix}"
+            raise UnknownClassError(error.message, fix=fix) from None
         if loaded is None:
             raise CheckpointError(
                 f"a saved learner was expected in {path}, but there is none", fix="online.save(path) writes one"
@@ -276,13 +291,11 @@ class Online:
             "metrics": dict(self.metrics),
             "drift": self._watch.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "carry": self.carry.state_dict(),
             "pending": self._pending.state_dict(),
             "running": self._running.state_dict(),
             "reset": self._reset,
             "shapes": self._entry.shapes,
-            "guards": [guard.state_dict() for guard in self.guards],
-            "snapshots": self._snapshots.state_dict(),
+            **self.updater.state_dict(),
             "random": random_state(),
         }
 
@@ -297,13 +310,10 @@ class Online:
         self.metrics = dict(state["metrics"])
         self._watch.load_state_dict(state["drift"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.carry.load_state_dict(to(state["carry"], self.device))
+        self.updater.load_state_dict(state)
         self._pending.load_state_dict(to(state["pending"], self.device))
         self._running.load_state_dict(to(state["running"], self.device))
         self._reset, self._entry.shapes = to(state["reset"], self.device), state["shapes"]
-        for guard, remembered in zip(self.guards, state["guards"], strict=True):
-            guard.load_state_dict(remembered)
-        self._snapshots.load_state_dict(state["snapshots"])
         set_random_state(state["random"])
 
     def _next(self, inputs: Tree) -> Window:
@@ -338,27 +348,39 @@ class Online:
             self._update(self._pending.window(steps))
 
     def _update(self, window: Window) -> None:
-        window = self._snapshots.with_resets(window)
         loss = self.loss if window.targets is not None else _NO_LOSS
-        raw, carry = self.estimator.estimate(self.model, loss, self.carry, window)
-        verdict = guarded(raw, self.guards, self._snapshots.start(window))
-        if isinstance(verdict, RollBack):
-            raise ConfigError(f"guards that do not go back were expected, but one does: {_NO_ROLL_BACK}")
-        if verdict is not None and verdict.num_injected:
-            verdict.apply(self.model)
-            with scaled_rate(self.optimizer, verdict.rate_factor):
-                self.optimizer.step()
-            self.updates += 1
-        carried_on = verdict is not None or carry.finite  # else: a window that broke the state counts as never seen
-        self.refused += verdict is None
-        self.metrics = _metrics(verdict or raw)
-        self._snapshots.note(window, carried_on=carried_on)
+        if loss.whole and window.num_targets < window.mask.numel():
+            raise CapabilityError(
+                f"a label for each step and lane was expected with a WindowLoss, but {window.num_targets} of "
+                f"{window.mask.numel()} came in the window at step {window.start}: the loss couples steps, and nothing "
+                "could stand in the place of those that are missing",
+                fix="a label for each step, or a loss of single steps",
+            )
+        found = self.updater.update(window, loss)
+        self.updates += found.applied
+        self.refused += found.estimate is None
+        self.metrics = {"loss": float(found.seen.loss)} | found.seen.metrics
         self._pending.drop(window.steps)
-        if carried_on:
-            self.carry = carry
-        elif window.resets and not self._pending.reset_first(lanes := window.reset.any(0)):
-            self.reset(lanes)
+        if not found.carried_on and found.window.resets:  # predictions are to see these resets, too
+            lanes = found.window.reset.any(0)
+            if not self._pending.reset_first(lanes):
+                self.reset(lanes)
         self._running.restart(self.carry.state)
+
+    def _like(self, entry: str, example: Any = None) -> Any:
+        """Return what an entry of a saved `state_dict` may be made of, see `tbptt.codec`; `example` as for `load`."""
+        if entry == "drift":
+            return self.drift
+        if entry not in ("carry", "pending", "running"):
+            return None
+        own = self.carry.state_dict(), self._pending.state_dict(), self._running.state_dict()
+        if example is None:
+            return own
+        return own, states_of(self.model, Window(self._entry.lift.step("example", example)))
+
+    def _like_model(self, entry: str) -> Any:
+        """Return what an entry of the model's saved `state_dict` may be made of."""
+        return self.model.state_dict().get(entry)
 
     def _about(self) -> dict[str, str]:
         """Return what must be the same to go on from what was saved."""
@@ -388,7 +410,3 @@ def _no_losses(outputs: Tree, targets: Tree) -> Tensor:
 
 
 _NO_LOSS = StepLoss(_no_losses)
-
-
-def _metrics(estimate: Estimate) -> dict[str, float]:
-    return {"loss": float(estimate.loss)} | estimate.metrics

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tbptt.errors import ConfigError
-from tbptt.tree import Tree, time_cat, tree_map
+from tbptt.tree import Tree, time_cat
 from tbptt.window import Window
 
 __all__ = ["Pending", "Step"]
@@ -130,8 +130,8 @@ class Pending:
         labelled = [step for step in chosen if step.targets is not None]
         targets = mask = reset = None
         if labelled:
-            # a place holder: the mask leaves it out, and no loss ever sees it
-            like = tree_map(torch.zeros_like, labelled[0].targets) if len(labelled) < steps else None
+            # a place holder, which the mask leaves out; a label all the same, as losses may divide by one
+            like = labelled[0].targets
             targets = time_cat([like if step.targets is None else step.targets for step in chosen])
         if len(labelled) < steps or any(step.mask is not None for step in labelled):
             mask = torch.stack([_counting(step) for step in chosen])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -68,22 +68,32 @@ def boundaries(log: RunLog) -> Section | None:
     stability = log.lines("stability")
     updates = stability.columns.get("update", [])
     norms = stability.columns.get("boundary_norms", [])
-    deepest = max((len(each) for each in norms if isinstance(each, list)), default=0)
-    if not deepest:
+    lags = stability.columns.get("boundary_lags", [None] * len(norms))
+    by_place = [_by_place(*each) for each in zip(norms, lags, strict=True)]
+    places = sorted({place for each in by_place for place in each})
+    if not places:
         return None
-    few = [number for number in (1, 2, 4, 8, 16, 32, 64) if number < deepest]
-    chosen = [*few[: _MOST_CURVES - 1], deepest]
+    few = [places[number - 1] for number in (1, 2, 4, 8, 16, 32, 64) if number < len(places)]
+    unit = "{} steps back" if any(lags) else "boundary {}"
     traces: list[Trace] = []
-    for index, number in enumerate(chosen):
-        values = [each[number - 1] if isinstance(each, list) and len(each) >= number else None for each in norms]
-        name = "newest boundary" if number == 1 else f"boundary {number}"
-        traces += lines(name, paired(updates, values), index, log_y=True)
+    for index, place in enumerate([*few[: _MOST_CURVES - 1], places[-1]]):
+        values = [each.get(place) for each in by_place]
+        traces += lines(unit.format(place), paired(updates, values), index, log_y=True)
     text = (
         "Norm of the gradient with respect to the state at the boundaries between segments that it crosses on its way "
         "back, counted from the newest. A line that lies far below the one before it says that little arrives there."
     )
     view = View("", traces, UPDATES, Axis("state's gradient norm", "log"))
     return Section("Boundaries", figures=[of_views("Boundary norms", text, [view])])
+
+
+def _by_place(norms: Any, lags: Any) -> dict[int, Any]:
+    """Return the norms of one line by how many steps back they are, or by number where it does not say."""
+    if not isinstance(norms, list):
+        return {}
+    found = cast("list[Any]", norms)
+    places = cast("list[int]", lags) if isinstance(lags, list) and lags else range(1, len(found) + 1)
+    return dict(zip(places, found, strict=True))
 
 
 def lag_curves(log: RunLog) -> Section | None:

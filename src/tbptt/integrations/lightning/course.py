@@ -6,23 +6,24 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
 
 from tbptt.checks import check_on_stream
 from tbptt.codec import decode, encode
 from tbptt.errors import CheckpointError, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimator
+from tbptt.first_states import first_states
 from tbptt.guards.base import Guard
-from tbptt.integrations.lightning.ranks import any_rank
+from tbptt.integrations.lightning.ranks import LightningRanks, any_rank, share_loss
 from tbptt.integrations.lightning.refusals import refuse_lengths
 from tbptt.loss import Loss, StepLoss
 from tbptt.randomness import random_state, set_random_state
 from tbptt.streams.base import Stream
-from tbptt.tree import to
+from tbptt.update import Updater
 from tbptt.window import Window
 
 __all__ = ["Course", "StreamOfRank"]
@@ -50,35 +51,50 @@ class Course:
     random: dict[str, Any] | None = field(default=None, init=False)  # to be set just before the next update
     ahead: Window | None = field(default=None, init=False)  # the next window, read but not trained on
     stream: Stream = field(init=False)
-    step_loss: StepLoss = field(init=False)
-    carry: Carry = field(init=False)
+    updater: Updater = field(init=False)
     place: dict[str, Any] = field(init=False)  # of the last window that was trained on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Course:
         del memo  # a copied module - the check's, an average of weights - needs no second recording in memory
         return copy.copy(self)
 
-    def begin(self, module: LightningModule) -> None:
-        """Take up the place in the stream: the first, that of the last fit, or that of a checkpoint."""
-        trainer, device = module.trainer, module.device
-        self.step_loss = StepLoss.of(self.loss.to(device) if isinstance(self.loss, nn.Module) else self.loss)
-        for guard in self.guards:
-            guard.begin(module)
-        if self.begun:  # another fit goes on; the module may have been moved meanwhile
-            state = self.carry.state_dict()
-            self.carry = self.estimator.init(module, self.stream.lanes)
-            self.carry.load_state_dict(to(state, device))
-        else:
+    @property
+    def carry(self) -> Carry:
+        """What the estimator carries on from the last update."""
+        return self.updater.carry
+
+    def begin(self, module: LightningModule, optimizer: LightningOptimizer) -> None:
+        """Take up the place in the stream: the first, that of the last fit, or that of a checkpoint.
+
+        Args:
+            optimizer: Lightning's wrapper, which counts the steps and looks after precision.
+        """
+        trainer = module.trainer
+        if not self.begun:
             self.stream = _stream_of_rank(self.source, trainer)
             self.place = self.stream.state_dict()
-            self.carry = self.estimator.init(module, self.stream.lanes)
+        before = self.updater.state_dict() if self.begun else None
+        loss = StepLoss.of(self.loss)
+        self.updater = Updater(
+            module,
+            loss,
+            cast(Any, optimizer),
+            self.estimator,
+            self.stream.lanes,
+            guards=self.guards,
+            ranks=LightningRanks(module, loss),
+        )
+        if before is not None:  # another fit goes on; the module may have been moved meanwhile
+            self.updater.load_state_dict(before)
+        else:
+            share_loss(loss, trainer)
             refuse_lengths(self.estimator, trainer)
             if self.checked:
                 estimator = self.estimator.fixed(self.carry)
                 steps = estimator.next_steps(self.carry)
                 check_on_stream(module, self.stream, estimator, steps).raise_if_failed()
         if trainer.ckpt_path is not None:
-            self._restore(trainer, device)
+            self._restore(module)
         self.loaded, self.begun = None, True
 
     def next_window(self) -> Window:
@@ -124,16 +140,27 @@ class Course:
     def state_dict(self) -> dict[str, Any]:
         """Return all that evolves, as plain values and tensors that `torch.load(weights_only=True)` reads."""
         state = {
-            "carry": self.carry.state_dict(),
+            **self.updater.state_dict(),
             "place": self.place,
             "ahead": None if self.ahead is None else self.ahead.steps,
-            "guards": [guard.state_dict() for guard in self.guards],
             "random": self.random or random_state(),
         }
         tensors: dict[str, Tensor] = {}
         return {"state": encode(state, "tbptt", tensors), "tensors": tensors}
 
-    def _restore(self, trainer: Trainer, device: torch.device) -> None:
+    def _like(self, entry: str, module: LightningModule) -> Any:
+        """Return what an entry of a checkpoint may be made of, see `tbptt.codec`."""
+        if entry == "guards":
+            return [guard.state_dict() for guard in self.guards]
+        if entry == "place":
+            return self.place
+        if entry != "carry":
+            return None
+        steps = self.estimator.next_steps(self.carry)
+        return self.carry.state_dict(), first_states(module, self.stream, steps)
+
+    def _restore(self, module: LightningModule) -> None:
+        trainer = module.trainer
         if self.loaded is None:
             raise CheckpointError(
                 f"{trainer.ckpt_path} was expected to hold a carry and a place in the stream, but does not: the run "
@@ -150,13 +177,11 @@ class Course:
                     fix="resume with what the run was started with",
                 )
         mine = self.loaded["ranks"][trainer.global_rank]
-        state = decode(mine["state"], mine["tensors"])
-        self.carry.load_state_dict(to(state["carry"], device))
+        state = decode(mine["state"], mine["tensors"], lambda entry: self._like(entry, module), "tbptt")
+        self.updater.load_state_dict(state)
         self.place = state["place"]
         self.stream.load_state_dict(self.place)
         self.ahead = None if state["ahead"] is None else self.stream.read(state["ahead"])
-        for guard, remembered in zip(self.guards, state["guards"], strict=True):
-            guard.load_state_dict(remembered)
         self.random = state["random"]
 
 

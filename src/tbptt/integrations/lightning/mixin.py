@@ -12,13 +12,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from tbptt.errors import ConfigError
-from tbptt.estimators.base import Estimate, Estimator
-from tbptt.guards.base import Guard, RollBack, check_guards, guarded
+from tbptt.estimators.base import Estimator
+from tbptt.guards.base import Guard, check_guards
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.integrations.lightning.course import Course, StreamOfRank
-from tbptt.integrations.lightning.ranks import over_ranks
 from tbptt.integrations.lightning.refusals import plateaus, refuse_optimizers, refuse_overridden, refuse_settings
-from tbptt.length import scaled_rate
 from tbptt.loss import Loss
 from tbptt.streams.base import Stream
 from tbptt.window import Window
@@ -109,7 +107,8 @@ class TBPTTMixin(LightningModule):
 
         Args:
             estimator: how the gradient is made, for example `TBPTT(k1=64, k2=128)`.
-            loss: losses by step, or one of torch.nn's own.
+            loss: losses by step, or one of torch.nn's own. A module with parameters of its own, which
+                `configure_optimizers` gives to the optimizer, is trained, saved and resumed with this one.
             stream: where the windows come from, or, for several ranks, a function of (rank, ranks) that returns it.
             guards: in order, between estimate and optimizer. Left out: `NonFinite("raise")`. Refused are those that
                 change the mean of an unbiased estimator without `allow_bias=True`, and `SpikeRollback`.
@@ -142,7 +141,7 @@ class TBPTTMixin(LightningModule):
         super().on_fit_start()
         self._refuse()  # again, for a subclass may have no use for the hook before
         refuse_optimizers(self)
-        self.tbptt_course.begin(self)
+        self.tbptt_course.begin(self, cast(LightningOptimizer, self.optimizers()))
 
     def train_dataloader(self) -> _Turns:
         """Return turns; the windows are read from the stream, each when it is needed."""
@@ -163,17 +162,16 @@ class TBPTTMixin(LightningModule):
                 "checked and no place in the stream taken up",
                 fix="super().on_fit_start() in it",
             )
-        window = self._on_device(course.next_window())
-        raw, estimate = self._update(window)
-        seen = estimate or raw
+        found = course.updater.update(self._on_device(course.next_window()))
+        seen = found.seen
         if seen.num_terms:
             self.log("train_loss", seen.loss, prog_bar=True, batch_size=seen.num_terms)
-        self.log_dict({**seen.metrics, "refused": float(estimate is None)})
+        self.log_dict({**seen.metrics, "refused": float(found.estimate is None)})
         if course.read_ahead(self.trainer):
             # What ends the epoch, with its validation and checkpoints: Lightning itself sets it where it knows.
             self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
         epoch_over = self.trainer.is_last_batch or batch_idx + 1 == self.trainer.num_training_batches
-        if estimate is not None and estimate.num_injected:
+        if found.applied:
             self._step_schedulers("step", self.trainer.global_step)
         if epoch_over:
             self._step_schedulers("epoch", self.current_epoch + 1)
@@ -213,24 +211,6 @@ class TBPTTMixin(LightningModule):
             return window
         convert = self.trainer.precision_plugin.convert_input
         return replace(window, inputs=convert(window.inputs), targets=convert(window.targets))
-
-    def _update(self, window: Window) -> tuple[Estimate, Estimate | None]:
-        """Return the estimate of all ranks, and what the guards made of it; None when they refused it."""
-        course, optimizer = self.tbptt_course, cast(LightningOptimizer, self.optimizers())
-        optimizer.zero_grad()  # the last gradients make room for the next
-        own, carry = course.estimator.estimate(self, course.step_loss, course.carry, window)
-        raw = over_ranks(own, self.trainer)
-        verdict = guarded(raw, course.guards)
-        if isinstance(verdict, RollBack):
-            raise ConfigError(f"guards that do not go back were expected, but one does: {_NO_ROLL_BACK}")
-        estimate = verdict
-        if estimate is not None and estimate.num_injected:
-            estimate.apply(self)
-            with scaled_rate(optimizer.optimizer, own.rate_factor):
-                optimizer.step()
-        if estimate is not None or carry.finite:
-            course.carry = carry  # else: a refused window that broke the state counts as never seen
-        return raw, estimate
 
     def _monitored(self) -> Tensor:
         name, metrics = self.tbptt_course.monitor, self.trainer.callback_metrics
