@@ -138,40 +138,57 @@ class KeptWeights:
     @contextmanager
     def recording(self) -> Generator[None]:
         """Let graphs made within the block hold the copies instead of the parameters, whose values they are now."""
-        known = {
-            each.untyped_storage().data_ptr(): (self.values[name].untyped_storage(), each._version)
-            for name, each in self.parameters.items()
-            if each.numel()
-        }
-        token = _known.set(known)
+        recorder = _Recorder(self)
+        token = _recorder.set(recorder)
         try:
-            with saved_tensors_hooks(_pack, Saved.unpack):
+            with saved_tensors_hooks(recorder.pack, Saved.unpack):
                 yield
         finally:
-            _known.reset(token)
+            _recorder.reset(token)
 
 
-_known: ContextVar[Mapping[int, tuple[torch.UntypedStorage, int]] | None] = ContextVar("_known", default=None)
-"""By the address of a parameter's memory: the copy of it, and the parameter's version when it was made."""
+class _Recorder:
+    """Says what a graph is to hold instead of a weight, or of a view of it."""
+
+    def __init__(self, weights: KeptWeights) -> None:
+        # by the address of a parameter's memory: the copy of it, and the parameter's version when it was made
+        self._known = {
+            each.untyped_storage().data_ptr(): (weights.values[name].untyped_storage(), each._version)
+            for name, each in weights.parameters.items()
+            if each.numel()
+        }
+        self._views: dict[tuple[Any, ...], Tensor] = {}  # a weight is saved again at each step
+
+    def copy_of(self, tensor: Tensor) -> Tensor | None:
+        """Return the view of the copies for a view of the weights; None for any other tensor."""
+        if tensor.layout != torch.strided:
+            return None
+        address = tensor.untyped_storage().data_ptr()
+        found = self._known.get(address)
+        if found is None:
+            return None
+        storage, version = found
+        if tensor._version != version:  # the model itself has written to it since, as an embedding with max_norm does
+            return tensor.detach().clone()
+        if tensor.is_complex() or tensor.is_neg():  # bits that say conjugate, or negative, are not told by the shape
+            return _view(storage, tensor)
+        shape = (address, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if shape not in self._views:
+            self._views[shape] = _view(storage, tensor)
+        return self._views[shape]
+
+    def pack(self, tensor: Tensor) -> Saved | Tensor:
+        copy = self.copy_of(tensor)
+        return Saved(tensor) if copy is None else copy
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("_recorder", default=None)
 
 
 def copy_to_save(tensor: Tensor) -> Tensor | None:
     """Return what a graph is to hold instead of a weight, where weights are kept; None for any other tensor."""
-    known = _known.get()
-    if known is None or tensor.layout != torch.strided:
-        return None
-    found = known.get(tensor.untyped_storage().data_ptr())
-    if found is None:
-        return None
-    storage, version = found
-    if tensor._version != version:  # the model itself has written to it since, as an embedding with max_norm does
-        return tensor.detach().clone()
-    return _view(storage, tensor)
-
-
-def _pack(tensor: Tensor) -> Saved | Tensor:
-    copy = copy_to_save(tensor)
-    return Saved(tensor) if copy is None else copy
+    recorder = _recorder.get()
+    return None if recorder is None else recorder.copy_of(tensor)
 
 
 def _view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:

@@ -363,3 +363,18 @@ def test_a_graph_that_holds_no_copies_would_be_refused_by_torch() -> None:
         net.head.weight.mul_(0.9)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         outputs.sum().backward()
+
+
+@pytest.mark.parametrize("variant", ["list before the state", "function by backward() before the state"])
+def test_one_lane_needs_no_copies(variant: str) -> None:
+    """There the parameters themselves are used: forward mode takes what it refuses for several lanes."""
+    found = []
+    for plain in (False, True):
+        case = case_of(variant, "RTRL", plain=plain)
+        inputs, targets = (each[:, :1] for each in data_of(case))
+        carry = tbptt.RTRL(3).init(case.net, 1)
+        for at in (0, 3, 6):
+            window = Window(inputs[at : at + 3], targets[at : at + 3], start=at)
+            estimate, carry = tbptt.RTRL(3).estimate(case.net, squared, carry, window)
+        found.append(estimate.gradients)
+    close(found[:1], found[1:])

@@ -210,11 +210,11 @@ def check_window(window: Window | Rereading, carry: ChainCarry, most: int | None
         )
     first = window if isinstance(window, Window) else window.first
     for what, tree in (("inputs", first.inputs), ("targets", first.targets), ("a carried state", carry.state)):
-        for index, leaf in enumerate(() if tree is None else tensors(tree)):
+        for leaf in () if tree is None else tensors(tree):
             if leaf.requires_grad:
                 raise CapabilityError(
-                    f"{what} without a graph were expected, but tensor {index}, of shape {tuple(leaf.shape)}, requires "
-                    f"a gradient at step {window.start}: the estimator returns gradients of the model and of the loss "
-                    "only, so that whatever has made it would never be trained",
+                    f"{what} without a graph were expected, but a tensor of shape {tuple(leaf.shape)} requires a "
+                    f"gradient in the window from step {window.start} on: the estimator returns gradients of the model "
+                    "and of the loss only, so that whatever has made it would never be trained",
                     fix="make the module that makes it, such as an encoder, a part of the model; or detach() it",
                 )

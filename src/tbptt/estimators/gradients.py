@@ -5,8 +5,8 @@ Letters: P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -38,26 +38,38 @@ def gradients_of(
     Raises:
         CapabilityError: activation checkpointing of the older kind, which cannot be asked for single gradients.
     """
-    hooked = [(each, each._backward_hooks) for each in asked if each._backward_hooks]  # pyright: ignore[reportPrivateUsage]
-    standing = [(each, each.grad) for each in asked if each.is_leaf and each.grad is not None]
-    for each, _ in hooked:
-        each._backward_hooks = None  # pyright: ignore[reportPrivateUsage]
-    for each, _ in standing:
-        each.grad = None
-    try:
-        found = list(_grad(roots, seeds, asked, keep))
-        beside = [each.grad if each.is_leaf else None for each in asked]
-        if any(each is not None for each in beside):
-            found = add(found, beside)
-            for each in asked:
-                if each.is_leaf:
-                    each.grad = None
-    finally:
-        for each, gradient in standing:
-            each.grad = gradient
-        for each, hooks in hooked:
-            each._backward_hooks = hooks  # pyright: ignore[reportPrivateUsage]
+    leaves = [each for each in asked if each.is_leaf]
+    standing = [each.grad for each in leaves]
+    with _without_hooks(leaves):
+        for each, gradient in zip(leaves, standing, strict=True):
+            if gradient is not None:
+                each.grad = None
+        try:
+            found = list(_grad(roots, seeds, asked, keep))
+            if any(each.grad is not None for each in leaves):
+                found = add(found, [each.grad if each.is_leaf else None for each in asked])
+        finally:
+            for each, gradient in zip(leaves, standing, strict=True):
+                each.grad = gradient
     return found
+
+
+def _without_hooks(leaves: Sequence[Any]) -> AbstractContextManager[None]:
+    hooks = [each._backward_hooks for each in leaves] + [each._post_accumulate_grad_hooks for each in leaves]
+    hooks = [each for each in hooks if each]
+    return _emptied(hooks) if hooks else nullcontext()
+
+
+@contextmanager
+def _emptied(hooks: Sequence[dict[int, Any]]) -> Generator[None]:
+    held = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, held, strict=True):
+            each.update(before)
 
 
 def _outside_autocast(device: str) -> AbstractContextManager[Any]:
@@ -91,11 +103,13 @@ def after_hooks(parameters: Mapping[str, Tensor], gradients: dict[str, Tensor]) 
         parameters: by name; those without a gradient are not asked.
         gradients: of a whole update, by name, each with memory of its own.
     """
-    for name in gradients:
-        hooks: Mapping[int, object] | None = parameters[name]._backward_hooks  # pyright: ignore[reportPrivateUsage]
-        for hook in tuple(hooks.values()) if hooks else ():
+    for name, parameter in parameters.items():
+        hooks: Mapping[int, Any] | None = parameter._backward_hooks  # pyright: ignore[reportPrivateUsage]
+        if not hooks or name not in gradients:
+            continue
+        for hook in tuple(hooks.values()):
             with torch.no_grad():
-                changed = hook(gradients[name])  # pyright: ignore[reportCallIssue]
+                changed = hook(gradients[name])
             if changed is not None:
                 gradients[name] = changed
     return gradients
@@ -129,8 +143,10 @@ def own(names: Iterable[str], gradients: Gradients) -> dict[str, Tensor]:
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             continue
-        gradient = gradient.coalesce() if gradient.is_sparse else gradient
-        numbers = numbers_of(gradient)
+        numbers = gradient
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            numbers = gradient.values()
         if not numbers.is_contiguous() or numbers.data_ptr() in seen:
             gradient = (
                 gradient.clone(memory_format=torch.contiguous_format) if numbers is gradient else gradient.clone()

@@ -158,7 +158,9 @@ class Run:
             denominator: what the sum was divided by instead of their number.
             metrics: whatever else was measured.
         """
-        gradients, of_loss = by_owner(after_hooks(self.trained, own(self.trained, pulled.gradients)))
+        gradients, of_loss = after_hooks(self.trained, own(self.trained, pulled.gradients)), dict[str, Tensor]()
+        if len(self.asked) > len(self.names):
+            gradients, of_loss = by_owner(gradients)
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
         norms = pulled.boundary_norms
         counted, by_term = self.counted, dict[str, float]()
