@@ -207,3 +207,35 @@ def test_a_weight_that_drives_other_units_too_is_refused() -> None:
     window = Window(torch.randn(1, 2, 3), torch.randn(1, 2, 4))
     with pytest.raises(CapabilityError, match="another unit's part of drive"):
         estimator.estimate(model, squared, estimator.init(model, 2), window)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_learned_start_is_followed_where_it_is_declared_and_else_named(declared: bool) -> None:
+    class Started(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keep, self.start = (nn.Parameter(torch.rand(3).double()) for _ in range(2))
+
+        def recurrences(self) -> tuple[tbptt.Recurrence, ...]:
+            return (tbptt.Recurrence(0, ("cell.keep", "cell.start") if declared else ("cell.keep",)),)
+
+        def initial_state(self, lanes: int) -> torch.Tensor:
+            return self.start.expand(lanes, -1)
+
+        def forward(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            state = self.keep * state + inputs
+            return 1 * state, state
+
+    torch.manual_seed(0)
+    model, (x, y) = tbptt.scan(Started()), torch.randn(2, 12, 2, 3).double()
+    model.recurrences = model.cell.recurrences  # type: ignore[assignment]
+    limits, sums = tbptt.ElementwiseRTRL().limits(model, x), {}
+    for estimator in (tbptt.ElementwiseRTRL(), tbptt.RTRL()):
+        carry, sums[estimator] = estimator.init(model, 2), 0.0
+        for at in range(12):
+            window = tbptt.Window(x[at : at + 1], y[at : at + 1])
+            estimate, carry = estimator.estimate(model, nn.MSELoss(), carry, window)
+            sums[estimator] = sums[estimator] + estimate.gradients.get("cell.start", torch.zeros(3).double())
+    found, wanted = sums.values()
+    assert bool((found - wanted).abs().max() < 1e-12) == declared
+    assert ("cell.start" in limits) == (not declared)

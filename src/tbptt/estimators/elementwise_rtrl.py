@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tbptt.errors import CapabilityError
 from tbptt.estimators.forward_mode import CarriedInfluence, Influence
 from tbptt.estimators.lane_segment import LaneSegment
-from tbptt.estimators.sparsity import tried_step
+from tbptt.estimators.sparsity import initial_segment, rounding, tried_step
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
 from tbptt.recurrence import Recurrence, recurrences_of
 from tbptt.tree import LaneDims, Tree, tensors
@@ -22,8 +22,10 @@ from tbptt.window import Window
 
 __all__ = ["ElementwiseRTRL"]
 
-_APART = 1e-3
-"""The relative distance from an element-wise recurrence beyond which it is none: far above rounding."""
+_ROUNDINGS = 256
+"""How many roundings of the largest number derivatives may lie from those of an element-wise recurrence."""
+_SCALES = (0.1, 1.0, 10.0, 100.0) * 2
+"""How far states are moved that are tried before the first step."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class ElementwiseRTRL(CarriedInfluence):
             return ""
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return (
-            f"not exact for {shown}: they reach the state through other recurrences than their own, which is followed "
-            "within a window only"
+            f"not exact for {shown}: they reach the state in other ways than as rows of the recurrence that names "
+            "them, which are followed within a window only"
         )
 
     def past(self, influence: Influence, arrived: Tensor) -> dict[str, Tensor]:
@@ -131,11 +133,14 @@ class ElementwiseRTRL(CarriedInfluence):
             for name in each.names:
                 rows = [found.get(name) for found, _ in pulled]
                 like = next((row for row in rows if row is not None), None)
-                if like is None:
-                    continue
-                news = torch.stack([torch.zeros_like(like) if row is None else row for row in rows], 1)
-                news = news.view(len(end), each.parts, each.units, -1)
                 before = influence["traces"].get(name)
+                if like is not None:
+                    news = torch.stack([torch.zeros_like(like) if row is None else row for row in rows], 1)
+                    news = news.view(len(end), each.parts, each.units, -1)
+                elif before is not None:  # as of a learned start, once the sequence has begun
+                    news = torch.zeros_like(before)
+                else:
+                    continue
                 starts = [start for _, start in pulled if start is not None]
                 if before is not None and starts:
                     news = news + _through([each.of(start) for start in starts], before)
@@ -176,13 +181,16 @@ def _examined(model: nn.Module, inputs: Tree) -> tuple[list[_Units], dict[str, s
     dims = find_lane_dims(model, inputs)
     with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
         torch.manual_seed(0)
-        segment = tried_step(model, inputs, 0, dims, moved=0.0)
-        found = _laid_out(declared, segment.segment.end, dims, trainable_parameters(model))
+        steps = tensors(inputs)[0].shape[0]
+        tried = [tried_step(model, inputs, at % steps, dims, moved=by) for at, by in enumerate((0.0, *_SCALES))]
+        found = _laid_out(declared, tried[0].segment.end, dims, trainable_parameters(model))
         reached: dict[str, set[int]] = {}
-        for each in found:
-            for part in range(each.parts):
-                for name in _seen(each, part, segment):
-                    reached.setdefault(name, set()).add(each.begin)
+        initial = initial_segment(model, dims)
+        for segment in tried if initial is None else [initial, *tried]:
+            for each in found:
+                for part in range(each.parts):
+                    for name in _seen(each, part, segment):
+                        reached.setdefault(name, set()).add(each.begin)
     return found, reached
 
 
@@ -216,16 +224,15 @@ def _seen(each: _Units, part: int, segment: LaneSegment) -> list[str]:
     scale = 1.0 + torch.rand(each.units, dtype=end.dtype, device=end.device)
     plain, start = segment.pulled(each.seed(end, part))
     other, moved = segment.pulled(each.seed(end, part, scale))
-    assert start is not None
-    assert moved is not None
-    pairs = [("the state before", each.of(start), each.of(moved))]
+    pairs = [] if start is None or moved is None else [("the state before", each.of(start), each.of(moved))]
+    near = min(_ROUNDINGS * rounding(segment), 0.1)
     for name in each.names:
         if name in plain:
             shape = (len(end), each.units, -1)
             pairs.append((name, plain[name].view(shape), other[name].view(shape)))
     for what, ones, scaled in pairs:
         wanted = ones * scale[:, None].to(ones.dtype)
-        if not bool((scaled - wanted).norm() <= _APART * wanted.norm()):
+        if bool((scaled - wanted).norm() > near * wanted.norm()):
             raise CapabilityError(
                 f"an element-wise recurrence was expected, but a unit depends on another unit's part of {what}: its "
                 "influence would be wrong",

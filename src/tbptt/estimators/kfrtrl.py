@@ -16,14 +16,15 @@ from tbptt.estimators.forward_mode import CarriedInfluence, Influence
 from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import check_single_steps
 from tbptt.estimators.random_products import balance, norms_of, signs
+from tbptt.estimators.sparsity import rounding
 from tbptt.length.base import check_seed
 from tbptt.tree import LaneDims
 from tbptt.window import Window
 
 __all__ = ["KFRTRL"]
 
-_APART = 1e-3
-"""The relative distance beyond which an influence is no Kronecker product: far above rounding."""
+_ROUNDINGS = 256
+"""How many roundings of the largest number an influence may lie from a Kronecker product."""
 
 
 @final
@@ -102,6 +103,9 @@ class KFRTRL(CarriedInfluence):
             moved.dtype
         )  # in a lane that starts anew nothing of before is left
         before: dict[str, Tensor] = {name: alive[:, None] * each for name, each in influence["columns"].items()}
+        for name in {**before, **columns}:  # a weight that a step does not use has no influence in it
+            before.setdefault(name, torch.zeros_like(columns.get(name, moved)))
+            columns.setdefault(name, torch.zeros_like(before[name]))
         chance = signs((self.seed, draws), moved[:, 0, :1].expand(-1, 2))
         old = chance[:, 0] * balance(moved.flatten(1).norm(dim=1), norms_of(before, moved))
         new = chance[:, 1] * balance(slopes.norm(dim=1), norms_of(columns, moved))
@@ -120,12 +124,13 @@ def _factored(segment: LaneSegment) -> tuple[Tensor, dict[str, Tensor]]:
     end = segment.end
     lanes, size = end.shape
     scale = 1.0 + torch.arange(size, dtype=end.dtype, device=end.device) / size  # tells units apart
+    near = min(_ROUNDINGS * rounding(segment), 0.1)
     plain, _ = segment.pulled(torch.ones_like(end))
     other, _ = segment.pulled(scale.expand_as(end))
     for name, each in plain.items():
         value = segment.parameters[list(segment.names).index(name)]
         rows = each.view(lanes, value.shape[0] if value.ndim else 1, -1)
-        if rows.shape[1] != size or not _near(other[name].view_as(rows), rows * scale[:, None]):
+        if rows.shape[1] != size or _apart(other[name].view_as(rows), rows * scale[:, None], near):
             raise _refusal(name, f"each row of {name} drives more than one number of the state, or another one")
     rows = {name: each.view(lanes, size, -1) for name, each in plain.items()}
     joined = torch.cat(list(rows.values()), 2)
@@ -138,14 +143,14 @@ def _factored(segment: LaneSegment) -> tuple[Tensor, dict[str, Tensor]]:
         for name, each in rows.items()
     }
     for name, each in rows.items():
-        if not _near(each, slopes[:, :, None] * columns[name][:, None], joined):
+        if _apart(each, slopes[:, :, None] * columns[name][:, None], near, joined):
             raise _refusal(name, "the influence of its step is no such product")
     return slopes, columns
 
 
-def _near(found: Tensor, wanted: Tensor, scale: Tensor | None = None) -> bool:
+def _apart(found: Tensor, wanted: Tensor, near: float, scale: Tensor | None = None) -> bool:
     size = wanted.norm() if scale is None else scale.norm()
-    return bool((found - wanted).norm() <= _APART * size)
+    return bool((found - wanted).norm() > near * size)
 
 
 def _refusal(name: str, why: str) -> CapabilityError:
