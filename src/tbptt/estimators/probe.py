@@ -202,7 +202,9 @@ def _by_lookback(added: dict[int, Gradients], lags: Sequence[int], tried: int) -
 
 
 def _norm(gradients: Gradients) -> Tensor:
-    found = [torch.linalg.vector_norm(numbers_of(each.detach())).double().cpu() for each in gradients if each is not None]
+    found = [
+        torch.linalg.vector_norm(numbers_of(each.detach())).double().cpu() for each in gradients if each is not None
+    ]
     return torch.linalg.vector_norm(torch.stack(found)) if found else torch.zeros((), dtype=torch.float64)
 
 
