@@ -20,7 +20,7 @@ __all__ = ["Counting", "Plain", "Step", "counted_loss", "recorded"]
 
 
 class Counting(nn.Module):
-    """Adds up one parameter for each step and lane; inputs are its number and what spoils the state, 0 or NaN."""
+    """Adds up one parameter for each step and lane; inputs are its number, and 1 where NaN comes into the state."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -28,18 +28,19 @@ class Counting(nn.Module):
 
     def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         state = inputs.new_zeros(inputs.shape[1], dtype=torch.float64) if state is None else state
-        sums = state + (self.delta[inputs[..., 0].long()] + inputs[..., 1]).cumsum(0)
+        spoiled = torch.where(inputs[..., 1] > 0, math.nan, 0.0)  # not in the inputs, where a stream would refuse it
+        sums = state + (self.delta[inputs[..., 0].long()] + spoiled).cumsum(0)
         return sums, sums[-1]
 
 
 def counted_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The target times the output; NaN in its gradient, too, where the output is NaN."""
-    return targets * outputs + 0.0 * outputs * outputs
+    """The target times the output; one below 0 stands for infinity. Its gradient is NaN where the output is."""
+    return torch.where(targets < 0, math.inf, targets) * outputs + 0.0 * outputs * outputs
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of all lanes: numbers, weights of the losses, what spoils the state, and where a sequence begins."""
+    """One step of all lanes: numbers, weights of losses, where NaN comes into the state, where a sequence begins."""
 
     numbers: tuple[int, ...]
     weights: tuple[float, ...]
@@ -49,7 +50,7 @@ class Step:
 
 def recorded(steps: list[Step]) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs (N, B, 2), targets (N, B) and resets (N, B)."""
-    inputs = [[[n, math.nan if bad else 0.0] for n, bad in zip(s.numbers, s.spoiled, strict=True)] for s in steps]
+    inputs = [[[n, float(bad)] for n, bad in zip(s.numbers, s.spoiled, strict=True)] for s in steps]
     targets, resets = [step.weights for step in steps], [step.resets for step in steps]
     return (
         torch.tensor(inputs, dtype=torch.float64),
@@ -107,7 +108,7 @@ class Plain:
             for at in range(first, end):
                 for lane, weight in enumerate(whole[at].weights):
                     injected += 1
-                    sound &= math.isfinite(weight) and not _is_spoiled(whole, news, at, lane)
+                    sound &= weight >= 0 and not _is_spoiled(whole, news, at, lane)
                     for before in range(at, ends - 1, -1):
                         if sound:
                             gradient[whole[before].numbers[lane]] += weight

@@ -10,6 +10,7 @@ from torch import nn
 from tbptt.checks.carry import detached_training, gradient_carry, value_carry
 from tbptt.checks.lanes import in_place_safety, lane_independence, reset, state
 from tbptt.checks.pathways import pathways
+from tbptt.checks.precision import without_autocast
 from tbptt.checks.reach import Reach, measure_reach, reach
 from tbptt.checks.report import CheckItem, CheckReport
 from tbptt.checks.rounding import rounding
@@ -73,10 +74,12 @@ def check(
         True
     """
     check_trainable(model)
+    window = example if isinstance(example, Window) else Window(example)
     # without cuDNN, whose recurrent layers have no backward pass in eval mode, where dropout is off
-    with fork_random(next(model.parameters()).device), torch.backends.cudnn.flags(enabled=False):
+    device, autocast = next(model.parameters()).device, without_autocast(model, window.inputs)
+    with fork_random(device), torch.backends.cudnn.flags(enabled=False), autocast:
         torch.manual_seed(0)
-        trial = Trial.prepare(model, example if isinstance(example, Window) else Window(example), chunks)
+        trial = Trial.prepare(model, window, chunks)
         items = [_ask(lambda: state(trial), "state")]
         if items[0].passed:  # without a state there is nothing else to ask
             items += [_ask(lambda ask=ask: ask(trial), ask.__name__) for ask in _QUESTIONS]

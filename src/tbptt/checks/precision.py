@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbptt.errors import ShapeError
-from tbptt.model import left_as_it_was
-from tbptt.tree import Tree, differentiable, leaves, tensors, tree_map
+from tbptt.model import fork_random, left_as_it_was
+from tbptt.tree import Tree, differentiable, leaves, tensors, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["apart", "cast_inputs", "computes_narrower", "distance", "half_precision", "in_double", "project"]
+__all__ = [
+    "apart",
+    "cast_inputs",
+    "computes_narrower",
+    "distance",
+    "half_precision",
+    "in_double",
+    "project",
+    "without_autocast",
+]
 
 HALF = (torch.bfloat16, torch.float16)
 """The types of 16 bits, coarsest first."""
@@ -37,6 +47,24 @@ def in_double(model: nn.Module, inputs: Tree) -> tuple[nn.Module, Tree] | None:
 def cast_inputs(inputs: Tree, dtype: torch.dtype) -> Tree:
     """Return inputs whose floating-point numbers are of a type."""
     return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs)
+
+
+def without_autocast(model: nn.Module, inputs: Tree) -> AbstractContextManager[Any]:
+    """Leave autocast off, where a check is made within it, unless the model runs in no other way.
+
+    Autocast narrows single precision, and leaves double precision as it is: a model that fixes float32 somewhere would
+    be told that it does not carry its state, for what is autocast's rounding.
+    """
+    device = next(model.parameters()).device
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    off = torch.autocast(device.type, enabled=False)
+    try:
+        with off, torch.no_grad(), fork_random(device), left_as_it_was(model):
+            unroll(model, Window(to(inputs, device)), None, None)
+    except Exception:  # kernels that take 16 bits only; whatever else it is, it is said in the check
+        return nullcontext()
+    return off
 
 
 def half_precision(model: nn.Module) -> torch.dtype | None:

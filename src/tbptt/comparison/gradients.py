@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tbptt.comparison.excerpt import Excerpt
 from tbptt.comparison.settings import reseeded
+from tbptt.coupling import refuse_coupled
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimator
 from tbptt.estimators.gradients import own
@@ -85,6 +86,8 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
         segment = Segment.run(model, window[begin:end], state, dims, track=state is not None)
         state = detach(segment.end)
         if begin >= sizes.burn_in:
+            if not found:
+                refuse_coupled(loss.by_single_steps("tbptt.compare"), segment.outputs, window[begin:end], model)
             total, counted, _ = loss.total(segment.outputs, window[begin:end])
             if counted:
                 whole = [*chain, segment.injecting(total)]

@@ -151,7 +151,8 @@ class Runner:
         self._sum, self._weight = 0.0, 0.0
 
     def _validate(self, held_out: Stream) -> None:
-        found = evaluate(self.model, self.loss, held_out, self.setting.metrics)
+        steps = self.estimator.next_steps(self.updater.carry) if self.loss.whole else None
+        found = evaluate(self.model, self.loss, held_out, self.setting.metrics, steps=steps)
         if not math.isfinite(found["loss"]):
             self.fault = f"diverged: its loss on held-out data was {found['loss']} at update {self.updates}"
             return

@@ -40,6 +40,8 @@ class ChainCarry:
         draws: made so far by an estimator that draws; with its seed, they say what is drawn next. Of `TBPTT`:
             updates made.
         running: running means that it draws by; None for one of nothing yet.
+        looked: whether the lane dimensions were looked for.
+        loss_looked: whether the loss was looked at, if it is one of single steps; set in place, once it is known.
         unit: steps of a segment, where the model is cut into segments: all cuts are multiples of it. Else 1.
     """
 
@@ -54,6 +56,7 @@ class ChainCarry:
     running: tuple[float | None, ...] = ()
     unit: int = 1
     looked: bool = field(default=False, repr=False)
+    loss_looked: bool = field(default=False, repr=False)
 
     @property
     def finite(self) -> bool:

@@ -75,7 +75,8 @@ def drawn_estimate(
     total = news + window.steps
     end = total + missing
     # a segment begins where a part does, and where the next look-back, of whatever length, would
-    cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    all_cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    cuts = run.cuts(all_cuts, news)
     chain: Chain
     if segment is None:
         chain, stretches = run.look_back(past, window, cuts)

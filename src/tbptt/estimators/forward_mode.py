@@ -21,7 +21,7 @@ from tbptt.errors import CapabilityError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.carry import ChainCarry, check_window, unit_of
 from tbptt.estimators.gradients import Gradients, add
-from tbptt.estimators.lane_segment import LaneSegment, check_dense
+from tbptt.estimators.lane_segment import LaneSegment, check_dense, check_embeddings
 from tbptt.estimators.perlane import PerLane
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Pulled, Segment, norm_of, walk_back
@@ -131,6 +131,7 @@ class ForwardMode(Estimator):
     def init(self, model: nn.Module, lanes: int) -> InfluenceCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
+        check_embeddings(model)
         return InfluenceCarry(ChainCarry(lanes, unit=unit_of(model, k1=self.k1)))
 
     def reach(self, steps: int) -> tuple[int, ...] | None:

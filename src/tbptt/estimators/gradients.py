@@ -6,7 +6,8 @@ Letters: P parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -59,11 +60,18 @@ def gradients_of(
     return found
 
 
+def _outside_autocast(device: str) -> AbstractContextManager[Any]:
+    """Go back as torch advises: each operation in the type that it had on the way forward, not narrowed once more."""
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if narrowed else nullcontext()
+
+
 def _grad(
     roots: Sequence[Tensor], seeds: Sequence[Tensor], asked: Sequence[Tensor], keep: bool
 ) -> Sequence[Tensor | None]:
     try:
-        found = torch.autograd.grad(roots, asked, seeds, retain_graph=keep, allow_unused=True)
+        with _outside_autocast(roots[0].device.type):
+            found = torch.autograd.grad(roots, asked, seeds, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant=True" not in str(error):
             raise

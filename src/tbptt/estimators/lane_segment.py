@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.gradients import Gradients
@@ -18,7 +18,7 @@ from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.segments import Segment
 from tbptt.tree import LaneDims, Tree, as_real, differentiable, tensors
 
-__all__ = ["LaneSegment", "check_dense"]
+__all__ = ["LaneSegment", "check_dense", "check_embeddings"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,10 @@ class LaneSegment:
         chosen, direct = list(self.weights) if weights else [], self.direct
         tracked = self.segment.start is not None
         arriving = cotangent_of(seeds, self.segment.end, self.dims)
-        found, before = silent.vjp([*chosen, *direct.values()], self.one, arriving, start=tracked, keep=True)
+        try:
+            found, before = silent.vjp([*chosen, *direct.values()], self.one, arriving, start=tracked, keep=True)
+        except NotImplementedError as error:  # a lane's copy is a part of one tensor, and torch has no sparse parts
+            raise _sparse("a weight") if "Sparse" in str(error) else error from error
         missed = [name for name, each in zip(direct, found[len(chosen) :], strict=True) if each is not None]
         if missed:
             raise _not_copied(missed)
@@ -126,7 +129,8 @@ class LaneSegment:
                 total = part if total is None else total + part
         if total is None or not total.requires_grad:
             return torch.zeros_like(rows)
-        return torch.autograd.grad(total, seed, retain_graph=True)[0].detach()
+        (along,) = torch.autograd.grad(total, seed, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(rows) if along is None else along.detach()  # pyright: ignore[reportUnnecessaryComparison]
 
     def jacobians(self, seeds: Sequence[Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return I by name, (B, S, p) each, and D, (B, S, S), None for the model's initial state.
@@ -183,8 +187,24 @@ def check_dense(names: Iterable[str], gradients: Gradients) -> None:
     """
     for name, each in zip(names, gradients, strict=False):
         if each is not None and each.is_sparse:
-            raise CapabilityError(
-                f"dense gradients were expected, but that of {name} is sparse: the influence of a weight on the state "
-                "is kept for all of its rows",
-                fix="nn.Embedding(..., sparse=False), or TBPTT(k1, k2)",
-            )
+            raise _sparse(name)
+
+
+def check_embeddings(model: nn.Module) -> None:
+    """Refuse embeddings with sparse gradients.
+
+    Raises:
+        CapabilityError: there is one.
+    """
+    for name, each in model.named_modules():
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse and each.weight.requires_grad:
+            raise _sparse(f"{name}.weight" if name else "weight")
+
+
+def _sparse(name: str) -> CapabilityError:
+    """Return the refusal of a weight with sparse gradients."""
+    return CapabilityError(
+        f"dense gradients were expected, but that of {name} is sparse: the influence of a weight on the state is kept "
+        "for all of its rows, lane by lane",
+        fix="nn.Embedding(..., sparse=False), or TBPTT(k1, k2)",
+    )

@@ -133,6 +133,7 @@ def run_chain(
     Returns:
         The segments, oldest first, and the step at which each begins.
     """
+    loss.by_single_steps("a probe of single losses, as Adaptive lengths, Lags and horizon.measure make")
     news = 0 if past is None else past.window.steps
     whole = window if past is None else Window.join([past.window, window.without_targets()])
     state = None if past is None else past.state

@@ -6,12 +6,14 @@ Letters: T time, B lanes, K boundaries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from tbptt.coupling import refuse_coupled
+from tbptt.errors import CapabilityError
 from tbptt.estimators.base import LOSS_PREFIX, Estimate, by_owner
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.gradients import after_hooks, own
@@ -50,19 +52,19 @@ class Run:
         self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.counted, self._like = Counted(), torch.zeros(())
+        self.counted, self._like, self._first = Counted(), torch.zeros(()), 0
         self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
         """Run steps whose losses are reported and not learned from; return the state after them."""
         with torch.no_grad():
             outputs, state = unroll(self.model, piece, state, self.carry.dims)
-            self._count(outputs, self.loss.total(outputs, piece))
+            self._count(outputs, self._summed(outputs, piece))
         return state
 
     def inject(self, segment: Segment, piece: Window) -> Segment:
         """Return a segment with the losses of its steps, which are counted."""
-        summed = self.loss.total(segment.outputs, piece)
+        summed = self._summed(segment.outputs, piece)
         self._count(segment.outputs, summed)
         return segment.injecting(summed.total) if summed.counted.num else segment
 
@@ -94,6 +96,15 @@ class Run:
             chain.append(segment)
         return chain, stretches
 
+    def cuts(self, cuts: Iterable[int], news: int) -> list[int]:
+        """Return where segments may begin: not within a window whose losses are to be in one piece.
+
+        Args:
+            cuts: where they would, none of which changes the estimate.
+            news: where the window begins.
+        """
+        return [at for at in cuts if at <= news] if self.loss.whole else list(cuts)
+
     def newest_first(self) -> None:
         """Put what was counted from the newest segment to the oldest into the order of time."""
         self.outputs.reverse()
@@ -109,7 +120,6 @@ class Run:
         injected: Counted,
         *,
         denominator: float | None = None,
-        parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
         counts: Callable[[int], bool] = lambda index: True,
@@ -120,16 +130,14 @@ class Run:
             chain: consecutive segments, oldest first.
             injected: the targets of the losses injected into this update.
             denominator: what the sum is divided by instead of their weight; None: by that.
-            parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
             boundary: what becomes of the gradient at each boundary that counts.
             counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
             return Pulled([None] * len(self.asked), [])
-        weights = [self.asked] * len(chain) if parameters is None else parameters
         weight = self.weight(denominator or injected.weight)
-        return pull_back(chain, weights, weight, keep=keep, boundary=boundary, counts=counts)
+        return pull_back(chain, [self.asked] * len(chain), weight, keep=keep, boundary=boundary, counts=counts)
 
     def estimate(
         self,
@@ -171,6 +179,21 @@ class Run:
             denominator=injected.denominator if denominator is None else denominator,
             metrics=by_term | dict(metrics or {}),
         )
+
+    def _summed(self, outputs: Tree, piece: Window) -> Summed:
+        """Return the sum of a piece's losses, the first time after a look at whether they are of single steps."""
+        if self.loss.whole and self.sums:
+            raise CapabilityError(
+                "a window in one piece was expected for a WindowLoss, but the estimator cuts it, into a first piece of "
+                f"{self._first} steps: of each piece it would be another loss",
+                fix="TBPTT(k1, k2) with k2 >= k1, FullBPTT(k1, segment=k1), or a loss of single steps",
+            )
+        summed = self.loss.total(outputs, piece)
+        self._first = piece.steps
+        if summed.counted.num and not self.carry.loss_looked:
+            refuse_coupled(self.loss, outputs, piece, self.model)
+            self.carry.loss_looked = True
+        return summed
 
     def _count(self, outputs: Tree, summed: Summed) -> None:
         if self.keep_outputs:

@@ -11,7 +11,8 @@ Letters: T time, B lanes, K boundaries, P parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tbptt.estimators.gradients import Gradients, add, gradients_of
 from tbptt.tree import LaneDims, Tree, as_leaves, differentiable, tensors
 from tbptt.unroll import unroll
+from tbptt.weights import KeptWeights
 from tbptt.window import Window
 
 __all__ = [
@@ -46,6 +48,7 @@ class Segment:
         end: the state after, in the graph.
         steps: their number, T.
         loss: the sum of the losses that this segment injects, 0-dim, in the graph; None for none.
+        weights: those that it was run with, where the graph is kept while an optimizer changes them.
     """
 
     outputs: Tree
@@ -53,6 +56,7 @@ class Segment:
     end: Tree
     steps: int
     loss: Tensor | None = None
+    weights: KeptWeights | None = None
 
     @staticmethod
     def run(model: nn.Module, window: Window, start: Tree | None, dims: LaneDims | None, *, track: bool) -> Segment:
@@ -71,7 +75,7 @@ class Segment:
 
     def injecting(self, loss: Tensor) -> Segment:
         """Return the segment with the sum of its losses."""
-        return Segment(self.outputs, self.start, self.end, self.steps, loss)
+        return replace(self, loss=loss)
 
     def vjp(
         self, parameters: Sequence[Tensor], weight: Tensor, cotangent: Gradients, *, start: bool, keep: bool
@@ -97,7 +101,8 @@ class Segment:
         before = differentiable(self.start) if start else []
         if not roots or not (parameters or before):
             return [None] * len(parameters), [None] * len(before)
-        found = gradients_of(roots, seeds, [*parameters, *before], keep=keep)
+        with nullcontext() if self.weights is None else self.weights.in_place():
+            found = gradients_of(roots, seeds, [*parameters, *before], keep=keep)
         return found[: len(parameters)], found[len(parameters) :]
 
 

@@ -81,7 +81,7 @@ def influences(
             raise ConfigError(
                 f"{name} was expected to be a whole number, at least {least}, but is {value!r}", fix=f"{name}={least}"
             )
-    step_loss, start = StepLoss.of(loss), stream.state_dict()
+    step_loss, start = StepLoss.of(loss).by_single_steps("horizon.influences"), stream.state_dict()
     device = next(model.parameters()).device
     try:
         with fork_random(device), left_as_it_was(model), eval_mode(model, step_loss.module):
