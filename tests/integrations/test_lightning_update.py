@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,18 +45,9 @@ class Scaled(nn.Module):
         return (outputs * self.scale - targets).square().sum(-1)
 
 
-class WithLoss(tbptt.TBPTT):
-    """TBPTT whose estimates hold known gradients of the loss's own parameters."""
-
-    def estimate(self, model: Any, loss: Any, carry: Any, window: Any) -> Any:
-        estimate, carry = super().estimate(model, loss, carry, window)
-        own = StepLoss.of(loss).own_parameters(model)
-        return replace(estimate, loss_gradients={name: torch.full_like(each, 0.5) for name, each in own.items()}), carry
-
-
 class LossNet(Net):
     def __init__(self, **settings: Any) -> None:
-        super().__init__(WithLoss(8, 8), loss=Scaled(), **settings)
+        super().__init__(tbptt.TBPTT(8, 8), loss=Scaled(), **settings)
 
     def configure_optimizers(self) -> Any:
         loss = self.tbptt_course.loss
