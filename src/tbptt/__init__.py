@@ -32,7 +32,7 @@ from tbptt.estimators import (
 from tbptt.evaluate import evaluate
 from tbptt.guards import AdaptiveClip, ClipNorm, ClipValue, Guard, NonFinite, SpikeRollback, ZClip
 from tbptt.length import Adaptive, Choice, Curriculum, Length, Ramp, RandomLength, scaled_rate
-from tbptt.loss import Loss
+from tbptt.loss import Loss, WindowLoss
 from tbptt.model import scan
 from tbptt.models import SequenceModel
 from tbptt.monitors import Alarms, LagCurves, MetricsFile, Monitor, Progress, StabilityFile, TensorBoard
@@ -103,6 +103,7 @@ __all__ = [
     "Tree",
     "TruncatedES",
     "Window",
+    "WindowLoss",
     "ZClip",
     "check",
     "compare",

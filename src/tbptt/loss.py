@@ -5,46 +5,24 @@ Letters: T time, B lanes, C classes.
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tbptt.errors import CapabilityError, ConfigError, ShapeError
-from tbptt.tree import Tree, differentiable, leaf_names, tensors, tree_map
+from tbptt.errors import CapabilityError, ShapeError
+from tbptt.model import trainable_parameters
+from tbptt.torch_losses import FUNCTIONS, TorchLoss, of_torch, wrong_class
+from tbptt.tree import Tree, differentiable, tree_map
 from tbptt.window import Window
 
-__all__ = ["Counted", "Loss", "StepLoss", "Summed"]
+__all__ = ["Counted", "Loss", "StepLoss", "Summed", "WindowLoss", "added", "filled"]
 
-Loss: TypeAlias = "Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]] | StepLoss"
-"""`loss(outputs, targets)` -> losses by step, shape (T, B), or a dict of them; or one of torch.nn's own losses."""
-
-_BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
-_BY_ELEMENT = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-)
-_FUNCTIONS: dict[object, type[nn.Module]] = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.nll_loss: nn.NLLLoss,
-    F.mse_loss: nn.MSELoss,
-    F.l1_loss: nn.L1Loss,
-    F.smooth_l1_loss: nn.SmoothL1Loss,
-    F.huber_loss: nn.HuberLoss,
-    F.binary_cross_entropy: nn.BCELoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-}
+Loss: TypeAlias = "Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]] | WindowLoss | StepLoss"
+"""`loss(outputs, targets)` -> losses by step, shape (T, B), or a dict of them; one of torch.nn's own losses; or a
+`WindowLoss`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +66,40 @@ class Summed(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class WindowLoss:
+    """A loss that couples steps or lanes: pre-emphasis, a spectrum, a normaliser over the window, other lanes.
+
+    It is given whole windows as they are, targets that do not count included, since there is nothing that could stand
+    in their place; the losses of those are left out afterwards. So the estimator must run a window in one piece, and
+    the loss depends on how long windows are: `TBPTT` with k2 >= k1, `FullBPTT` with a segment of k1 steps, `Telescope`
+    and `Mixture` without segments, and whatever else does not cut a window. Anything else is refused, and so is a
+    window in which a sequence begins after its first step, as the loss would couple two sequences.
+
+    Args:
+        fn: outputs, targets -> losses, shape (T, B), or a dict of such terms; a function or an nn.Module.
+
+    Raises:
+        CapabilityError: it is not callable.
+
+    Example:
+        >>> def difference(outputs, targets):
+        ...     error = (outputs - targets).squeeze(-1)
+        ...     return error.diff(dim=0, prepend=0 * error[:1]).square()
+        >>> WindowLoss(difference).fn is difference
+        True
+    """
+
+    fn: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise CapabilityError(
+                f"a function of outputs and targets was expected, but a {type(self.fn).__name__} came",
+                fix="WindowLoss(lambda outputs, targets: ...)",
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class StepLoss:
     """A loss made ready: it gives the sum over the valid targets of a window, and what the mean divides by.
 
@@ -97,12 +109,19 @@ class StepLoss:
         module: the loss as it was given, where it is a module: it is moved, saved and put into eval mode with the
             model, and its parameters are trained. None for a function.
         weighted: a loss of torch whose mean divides by the weights of the targets, `weighted.weight[target]`.
+        whole: whether it is to be given whole windows; see `WindowLoss`.
     """
 
     losses: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
     ignored: int | None = None
     module: nn.Module | None = None
     weighted: nn.Module | None = field(default=None, repr=False)
+    whole: bool = False
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether it is a loss of torch.nn, which is known to be one of single steps."""
+        return isinstance(self.losses, TorchLoss)
 
     @staticmethod
     def of(loss: Loss) -> StepLoss:
@@ -119,42 +138,30 @@ class StepLoss:
         """
         if isinstance(loss, StepLoss):
             return loss
-        for function, kind in _FUNCTIONS.items():
+        if isinstance(loss, WindowLoss):
+            return StepLoss(loss.fn, module=loss.fn if isinstance(loss.fn, nn.Module) else None, whole=True)
+        for function, kind in FUNCTIONS.items():
             if loss is function:  # not by hash: a loss of the user's need not have one
                 return StepLoss.of(kind())
-        if not isinstance(loss, nn.Module) or type(loss).__module__ != "torch.nn.modules.loss":
-            if not callable(loss):
-                raise CapabilityError(
-                    f"a loss(outputs, targets) was expected, but a {type(loss).__name__} came",
-                    fix="loss=torch.nn.CrossEntropyLoss()",
-                )
-            return StepLoss(loss, module=loss if isinstance(loss, nn.Module) else None)
-        if not isinstance(loss, _BY_CLASS + _BY_ELEMENT):
-            known = ", ".join(kind.__name__ for kind in _BY_CLASS + _BY_ELEMENT)
+        module = loss if isinstance(loss, nn.Module) else None
+        if module is not None and type(module).__module__ == "torch.nn.modules.loss":
+            divides_by_weights = isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss)
+            ignored = cast("int | None", getattr(module, "ignore_index", None))
+            return StepLoss(of_torch(module), ignored, module, module if divides_by_weights else None)
+        if not callable(loss):
             raise CapabilityError(
-                f"torch.nn.{type(loss).__name__} is not a loss of outputs against targets, step by step; "
-                f"these are: {known}",
-                fix="pass a function loss(outputs, targets) that returns losses of shape (T, B)",
+                f"a loss(outputs, targets) was expected, but a {type(loss).__name__} came",
+                fix="loss=torch.nn.CrossEntropyLoss()",
             )
-        if loss.reduction == "sum":
-            raise ConfigError(
-                'reduction="sum" was asked for, but a window\'s loss is always sum / count over its valid '
-                "targets, so that the learning rate does not depend on the window's length",
-                fix=f"torch.nn.{type(loss).__name__}(), and scale the learning rate if a sum is meant",
-            )
-        if isinstance(loss, _BY_CLASS):
-            by_class = _ClassLoss(_reduced(loss, "none"), _reduced(loss, "sum"))
-            ignored = cast("int | None", getattr(loss, "ignore_index", None))
-            return StepLoss(by_class, ignored, loss, None if isinstance(loss, nn.MultiMarginLoss) else loss)
-        return StepLoss(_ElementLoss(_reduced(loss, "none"), _reduced(loss, "sum")), module=loss)
+        return StepLoss(loss, module=module)
 
     def own_parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the loss's parameters that require a gradient and are not the model's, by name."""
         if self.module is None:
             return {}
-        models = {id(each) for each in model.parameters()}
-        named = self.module.named_parameters()
-        return {name: each for name, each in named if each.requires_grad and id(each) not in models}
+        found = trainable_parameters(self.module)
+        models = {id(each) for each in model.parameters()} if found else ()
+        return {name: each for name, each in found.items() if id(each) not in models}
 
     def valid(self, window: Window) -> tuple[Tensor, int]:
         """Return which targets count, shape (T, B), and how many they are."""
@@ -176,7 +183,7 @@ class StepLoss:
             return Counted(num, float(weights.double()[chosen].sum()))
         except IndexError as error:
             known = torch.where(valid, targets, 0)
-            raise _wrong_class(known, len(weights)) or error from error
+            raise wrong_class(known, len(weights)) or error from error
 
     def by_step(self, outputs: Tree, window: Window) -> tuple[Tensor, Tensor]:
         """Return the losses, zero where a target does not count, and which do; shapes (T, B).
@@ -199,11 +206,13 @@ class StepLoss:
         """
         valid, num = self.valid(window)
         targets = window.targets
-        if isinstance(self.losses, _TorchLoss):
+        if isinstance(self.losses, TorchLoss):
             self.losses.check(outputs, targets)
         if not num:
             return {"": _nothing(outputs, valid)}, valid
-        if num < valid.numel():
+        if self.whole:
+            _refuse_two_sequences(window)
+        elif num < valid.numel():
             outputs, targets = filled(outputs, valid), filled(targets, valid)
         found: object = cast("Callable[[Tree, Tree], object]", self.losses)(outputs, targets)
         terms = cast("Mapping[str, object]", found) if isinstance(found, Mapping) else {"": found}
@@ -217,130 +226,30 @@ class StepLoss:
             return dict(known), valid
         return {name: torch.where(valid, each, 0.0) for name, each in known.items()}, valid
 
+    def by_single_steps(self, who: str) -> StepLoss:
+        """Return the loss itself, refusing one that is not of single steps.
+
+        Raises:
+            CapabilityError: it is a `WindowLoss`.
+        """
+        if self.whole:
+            raise CapabilityError(
+                f"a loss of single steps was expected by {who}, which looks at single losses or cuts its windows "
+                "elsewhere than training does, but a WindowLoss came: it is another loss for each way of cutting",
+                fix="a loss whose value at each step depends on that step alone",
+            )
+        return self
+
     def total(self, outputs: Tree, window: Window) -> Summed:
         """Return the losses of a window, summed over its valid targets."""
         counted = self.counted(window)
-        if isinstance(self.losses, _TorchLoss) and counted.num == window.mask.numel():
+        if isinstance(self.losses, TorchLoss) and counted.num == window.mask.numel():
             self.losses.check(outputs, window.targets)
             total = self.losses.total(outputs, cast(Tensor, window.targets))  # one kernel of torch's, not three
             return Summed(total, counted, {})
         terms, _ = self.terms_by_step(outputs, window)
         sums = {name: each.sum() for name, each in terms.items()}
         return Summed(added(sums), counted, {name: each.detach() for name, each in sums.items() if name})
-
-
-@dataclass(frozen=True)
-class _TorchLoss(ABC):
-    """A loss of torch.nn, as it is for each target, and summed."""
-
-    unreduced: nn.Module
-    summed: nn.Module
-
-    def check(self, outputs: Tree, targets: Tree) -> None:
-        """Refuse outputs and targets that cannot be compared, without comparing them.
-
-        Raises:
-            ShapeError: they are of other shapes than the loss takes, or not one tensor each.
-        """
-        for name, tree in (("outputs", outputs), ("targets", targets)):
-            if not isinstance(tree, Tensor):
-                raise self._not_one(name, tree)
-        self.fit(outputs, targets)
-
-    def _not_one(self, name: str, tree: Tree) -> ShapeError:
-        loss = type(self.unreduced).__name__
-        if tree is None:
-            return ShapeError(
-                f"{loss} was expected to see {name}, but there are none: it compares outputs with targets",
-                fix="a stream with targets, or a function loss(outputs, targets) that needs none",
-            )
-        shapes = [f"{at} {tuple(leaf.shape)}" for at, leaf in zip(leaf_names(tree), tensors(tree), strict=True)]
-        entry = repr(next(iter(tree))) if isinstance(tree, Mapping) and tree else "0"
-        chosen = {"outputs": "outputs", "targets": "targets"} | {name: f"{name}[{entry}]"}
-        return ShapeError(
-            f"{loss} was expected to see one tensor of {name}, but a {type(tree).__name__} of {', '.join(shapes)} "
-            "came: it is not said which of them to compare",
-            fix=f"loss=lambda outputs, targets: {self.example(**chosen)}, or a dict of several such terms",
-        )
-
-    @abstractmethod
-    def example(self, outputs: str, targets: str) -> str:
-        """Return how the loss is called without the mean over steps and lanes, as code."""
-
-    @abstractmethod
-    def fit(self, outputs: Tensor, targets: Tensor) -> None:
-        """Refuse tensors of other shapes than the loss takes."""
-
-    @abstractmethod
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the losses by step, shape (T, B)."""
-
-    @abstractmethod
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return their sum, 0-dim."""
-
-
-class _ClassLoss(_TorchLoss):
-    """Over classes: outputs (T, B, C) against targets (T, B)."""
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._apply(self.unreduced, outputs, targets).view(outputs.shape[:2])
-
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._apply(self.summed, outputs, targets)
-
-    def example(self, outputs: str, targets: str) -> str:
-        flat = f"{outputs}.flatten(0, 1), {targets}.flatten()"
-        return f'F.cross_entropy({flat}, reduction="none").view({targets}.shape)'
-
-    def fit(self, outputs: Tensor, targets: Tensor) -> None:
-        if outputs.ndim != 3 or targets.shape not in (outputs.shape[:2], outputs.shape):
-            raise ShapeError(
-                f"{type(self.unreduced).__name__} was expected to see outputs (T, B, C), class last, and targets "
-                f"(T, B), but outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
-                fix="let the model end in nn.Linear(hidden, classes), and give class indices as targets",
-            )
-
-    def _apply(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
-        try:
-            return loss.forward(outputs.flatten(0, 1), targets.flatten(0, 1))
-        except (IndexError, RuntimeError) as error:
-            wrong = None if targets.is_floating_point() else _wrong_class(targets, outputs.shape[2])
-            if wrong is None:
-                raise
-            raise wrong from error
-
-
-class _ElementLoss(_TorchLoss):
-    """Over elements: outputs and targets of one shape (T, B, ...)."""
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        losses = self._apply(self.unreduced, outputs, targets)
-        return losses if losses.ndim == 2 else losses.flatten(2).mean(2)
-
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        total = self._apply(self.summed, outputs, targets)
-        return total if outputs.ndim == 2 else total / outputs.shape[2:].numel()
-
-    def example(self, outputs: str, targets: str) -> str:
-        return f'F.mse_loss({outputs}, {targets}, reduction="none").mean(-1)'
-
-    def fit(self, outputs: Tensor, targets: Tensor) -> None:
-        if outputs.shape != targets.shape:  # torch would broadcast, and compare every lane with every other
-            raise ShapeError(
-                f"{type(self.unreduced).__name__} was expected to see outputs and targets of one shape, but outputs "
-                f"{tuple(outputs.shape)} and targets {tuple(targets.shape)} came",
-                fix="outputs.squeeze(-1) in the model, or targets.unsqueeze(-1) in the stream",
-            )
-
-    def _apply(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
-        return loss.forward(outputs, targets if targets.dtype == outputs.dtype else targets.to(outputs.dtype))
-
-
-def _reduced(loss: nn.Module, reduction: str) -> nn.Module:
-    other = copy.copy(loss)
-    vars(other)["reduction"] = reduction
-    return other
 
 
 def filled(tree: Tree, valid: Tensor) -> Tree:
@@ -373,16 +282,15 @@ def _nothing(outputs: Tree, valid: Tensor) -> Tensor:
     return torch.zeros(valid.shape, dtype=numbers[0].real.dtype if numbers else None, device=valid.device)
 
 
-def _wrong_class(targets: Tensor, classes: int) -> ShapeError | None:
-    wrong = ((targets < 0) | (targets >= classes)).nonzero()
-    if not len(wrong):
-        return None
-    step, lane = wrong[0].tolist()
-    return ShapeError(
-        f"targets in 0..{classes - 1} were expected, since the outputs have {classes} classes, but target "
-        f"{int(targets[step, lane])} stands at step {step} of the window, lane {lane} ({len(wrong)} such)",
-        fix=f"give the model at least {int(targets.max()) + 1} outputs, or mask these targets",
-    )
+def _refuse_two_sequences(window: Window) -> None:
+    inside = [step for step in window.resets if step]
+    if inside:
+        lane = int(window.reset[inside[0]].nonzero()[0])
+        raise CapabilityError(
+            f"a window within one sequence was expected for a WindowLoss, but lane {lane} begins another one at step "
+            f"{inside[0]} of {window.steps}: the loss would couple the end of one with the beginning of the next",
+            fix="sequences of whole windows, or a loss of single steps",
+        )
 
 
 def _wrong_shape(name: str, losses: object, valid: Tensor) -> ShapeError:

@@ -294,6 +294,26 @@ def left_as_it_was(model: nn.Module) -> Generator[None]:
                     value.copy_(old)
 
 
+@contextmanager
+def eval_mode(*modules: nn.Module | None) -> Generator[None]:
+    """Put the modules into eval mode; afterwards each of their parts is in the mode that it was in.
+
+    A part may have been put into eval mode on purpose, such as a frozen batch normalisation.
+    """
+    given = [module for module in modules if module is not None]
+    modes = [(part, part.training) for module in given for part in module.modules()]
+    before = [module.training for module in given]
+    try:
+        for module in given:
+            module.eval()
+        yield
+    finally:
+        for module, training in zip(given, before, strict=True):
+            module.train(training)  # first: a class may do more in it than set the flag
+        for part, training in modes:
+            part.training = training
+
+
 def initial_state(model: nn.Module, lanes: int) -> Tree | None:
     """Return the model's own initial state for `lanes` lanes; None when it has none of its own."""
     own = method_of(model, "initial_state")

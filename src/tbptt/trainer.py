@@ -20,7 +20,6 @@ from tbptt.distributed import refuse_ranks
 from tbptt.errors import AlarmWarning, CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimate, Estimator
 from tbptt.evaluate import evaluate
-from tbptt.first_states import first_states
 from tbptt.guards.base import Guard, RollBack, check_guards
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.interrupts import Interrupts
@@ -39,6 +38,8 @@ from tbptt.window import Window
 
 __all__ = ["HeldOut", "Saving", "Summary", "Trainer"]
 
+_LONGER = "a scheduler that goes on to the last update"
+_SAVED = "keep tensors and numbers instead, in buffers and attributes"
 _STABILITY = 10
 """Lines of metrics.jsonl to one of stability.jsonl."""
 
@@ -109,7 +110,8 @@ class Trainer:
     """Trains a model on a stream, and goes on where it stopped.
 
     It holds no mathematics: the estimator makes the gradient, the guards may change or refuse it, the
-    optimizer uses it, the monitors watch. A resumed run is, bit for bit, one that never stopped.
+    optimizer uses it, the monitors watch. A resumed run is, bit for bit, one that never stopped; what stands in the way
+    is told: see the alarm "resume" in docs/monitors.md.
 
     Args:
         model: any `model(inputs, state) -> (outputs, state)`; `tbptt.check` must let it pass. One that comes in eval
@@ -245,7 +247,9 @@ class Trainer:
         """Check the model, and resume or start; a second `run` just goes on."""
         limits: list[str] = []
         if not self._begun:
-            loaded = None if self.checkpoints is None else self.checkpoints.load_latest(self._like, self._model_like)
+            like = self.updater.like(self._state, self.stream)
+            found = self.checkpoints
+            loaded = None if found is None else found.load_latest(like, self.model.state_dict().get)
             if loaded is None:
                 seed_everything(self.seed)
                 self.updater.snapshots.take(0, self.carry)
@@ -260,14 +264,19 @@ class Trainer:
             self._begun = True
         for monitor in self.monitors:
             monitor.begin(replace(plan, update=self.updates, weights=trainable_parameters(self.model)))
+        left = plan.updates is None or self.updates < plan.updates
+        if self.updates and left and not any(group["lr"] for group in self.optimizer.param_groups):
+            self._tell("learning rate", "it is 0 in all groups, as a schedule leaves it that has ended", _LONGER)
         for each in limits if self.updates == 0 else ():
-            self._tell_limits(each)
+            self._tell("exactness", f"{self.estimator}: {each}", "RTRL(k1), or TBPTT(k1, k2)")
         if self.updates == 0:
             self._save()  # so that there is something to resume from, and what cannot be saved is found at once
 
-    def _tell_limits(self, limits: str) -> None:
-        """Say what of its promise the estimator does not keep for this model, also in the run's files."""
-        alarm = Alarm("exactness", self.updates, f"{self.estimator}: {limits}", "RTRL(k1), or TBPTT(k1, k2)")
+    def _tell(self, name: str, text: str, fix: str) -> None:
+        """Say, if there is a text, what of a promise is not kept for this model; also in the run's files."""
+        if not text:
+            return
+        alarm = Alarm(name, self.updates, text, fix)
         for monitor in self.monitors:
             monitor.alarm(alarm)
         warnings.warn(str(alarm), AlarmWarning, stacklevel=4)
@@ -305,6 +314,8 @@ class Trainer:
         )
         for monitor in self.monitors:
             monitor.update(update)
+        if self.updates == 1 and self.checkpoints is not None:
+            self._tell("resume", self.updater.unsaved(), _SAVED)  # and at each checkpoint
 
     def _told_roll_back(self, verdict: RollBack, found: Updated) -> Estimate:
         """Tell the monitors; return the estimate that made the run go back, with how far as a metric."""
@@ -314,7 +325,8 @@ class Trainer:
         return found.raw.with_gradients(found.raw.all_gradients, rolled_back=float(found.undone))
 
     def _validate(self, held_out: HeldOut) -> None:
-        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics)
+        steps = self.estimator.next_steps(self.carry) if self.loss.whole else None
+        metrics = evaluate(self.model, self.loss, held_out.stream, held_out.metrics, steps=steps)
         self.validated = (self.updates, metrics)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metrics["loss"])
@@ -327,6 +339,7 @@ class Trainer:
         if self.checkpoints is None or not self._begun or self._saved == now:
             return
         try:
+            self._tell("resume", self.updater.unsaved(), _SAVED)
             self.checkpoints.save(self.updates, self._state(), self.model.state_dict())
         except CheckpointError as error:
             if not isinstance(error.__cause__, (OSError, SafetensorError)):
@@ -348,16 +361,6 @@ class Trainer:
             **self.updater.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._named_monitors()},
         }
-
-    def _like(self, entry: str) -> Any:
-        """Return what an entry of a checkpoint may be made of: what this run has there, or comes to have."""
-        own = self._state().get(entry)
-        if entry not in ("carry", "snapshots"):
-            return own
-        return own, first_states(self.model, self.stream, self.estimator.next_steps(self.carry))
-
-    def _model_like(self, entry: str) -> Any:
-        return self.model.state_dict().get(entry)
 
     def _about(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""

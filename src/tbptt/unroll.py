@@ -12,10 +12,10 @@ from torch import nn
 
 from tbptt.errors import CapabilityError
 from tbptt.model import check_outputs, initial_state, split_result
-from tbptt.tree import LaneDims, Tree, check_lanes, copy, time_cat, time_slice, where_lanes
+from tbptt.tree import LaneDims, Tree, check_lanes, copy, replace_tensors, tensors, time_cat, time_slice, where_lanes
 from tbptt.window import Window
 
-__all__ = ["unroll"]
+__all__ = ["state_at_reset", "unroll"]
 
 
 def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims | None) -> tuple[Tree, Tree]:
@@ -46,11 +46,12 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
     pieces: list[Tree] = []
     for begin, end in pairwise(cuts):
         if begin in resets:
-            state = _reset(model, window, begin, state, dims)
+            state = state_at_reset(model, window, begin, state, dims)
         # a copy: the model may write into it, and both the caller and the graph of the stretch before need theirs
         state = initial_state(model, window.lanes) if state is None else copy(state)
         inputs = time_slice(window.inputs, begin, end) if len(cuts) > 2 else window.inputs
-        outputs, state = split_result(model, model(inputs, state))
+        outputs, after = split_result(model, model(inputs, state))
+        state = _of_its_own_types(model, after, state)
         check_outputs(model, outputs, end - begin, window.lanes)
         pieces.append(outputs)
     if dims is not None:
@@ -58,7 +59,42 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
     return time_cat(pieces), state
 
 
-def _reset(model: nn.Module, window: Window, step: int, state: Tree | None, dims: LaneDims | None) -> Tree | None:
+def _of_its_own_types(model: nn.Module, after: Tree, before: Tree | None) -> Tree:
+    """Return the state that came back, in the graph, with no number in a narrower type than is its own.
+
+    That is the type in which it was given, or, where autocast has narrowed it, that of the model's weights: what is
+    carried over many windows is not to lose digits at each of them, and a checkpoint is to hold one type.
+    """
+    leaves, given = tensors(after), tensors(before)
+    device = leaves[0].device.type if leaves else "cpu"
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    kinds = [leaf.dtype for leaf in leaves]
+    if not narrowed and kinds == [leaf.dtype for leaf in given]:
+        return after
+    if len(given) == len(leaves):
+        kinds = [_wider(kind, own.dtype) for kind, own in zip(kinds, given, strict=True)]
+    if narrowed:
+        narrow = torch.get_autocast_dtype(device)
+        weights = [value.dtype for value in model.parameters() if value.is_floating_point()]
+        own = min(weights, key=lambda dtype: dtype.itemsize, default=narrow)
+        kinds = [_wider(kind, own) if kind is narrow else kind for kind in kinds]
+    return replace_tensors(after, [leaf.to(kind) for leaf, kind in zip(leaves, kinds, strict=True)])
+
+
+def _wider(dtype: torch.dtype, own: torch.dtype) -> torch.dtype:
+    """Return `own` where it is a wider floating-point type than `dtype`, which is one as well; else `dtype`."""
+    both = dtype.is_floating_point and own.is_floating_point
+    return own if both and own.itemsize > dtype.itemsize else dtype
+
+
+def state_at_reset(
+    model: nn.Module, window: Window, step: int, state: Tree | None, dims: LaneDims | None
+) -> Tree | None:
+    """Return the state that a step begins with, of which some lane starts anew; None if all do, or it is None.
+
+    Raises:
+        CapabilityError: a single lane is to be reset and the lane dimensions are not known.
+    """
     if state is None or window.resets[step]:
         return None
     if dims is None:

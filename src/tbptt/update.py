@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tbptt.checkpoint import weights_of
+from tbptt.codec import Like
 from tbptt.distributed import OneRank, Ranks
 from tbptt.errors import AlarmWarning, CheckpointError, ConfigError
 from tbptt.estimators.base import LOSS_PREFIX, Carry, Estimate, Estimator
+from tbptt.first_states import first_states
 from tbptt.guards.base import Guard, RollBack, Start, guarded
 from tbptt.length import scaled_rate
 from tbptt.loss import StepLoss
 from tbptt.model import named_parameters, trainable_parameters
+from tbptt.side_changes import SideChanges
 from tbptt.snapshots import Snapshots, load_loss_state, loss_state
+from tbptt.streams.base import Stream
 from tbptt.tree import to
 from tbptt.window import Window
 
@@ -76,11 +80,13 @@ class Updater:
         guards: in order, as `check_guards` returns them.
         scheduler: steps once for each step of the optimizer; ReduceLROnPlateau is left to those who validate.
         ranks: how several processes agree.
+        ignored: attributes that are not the model's own, by name, as `SideChanges` takes them.
 
     Attributes:
         carry: after the last window, or before it, where that is not carried on.
         updates: how many windows there were, those that were refused included.
         snapshots: what to go back to, and the resets owed.
+        side: what else has changed since this was made: attributes, buffers and generators of model and loss.
 
     Raises:
         ConfigError: an optimizer that would not train what it holds, or needs a closure.
@@ -101,6 +107,7 @@ class Updater:
         guards: Sequence[Guard] = (),
         scheduler: LRScheduler | ReduceLROnPlateau | None = None,
         ranks: Ranks | None = None,
+        ignored: Collection[str] = (),
     ) -> None:
         self.model, self.loss, self.optimizer, self.estimator = model, loss, optimizer, estimator
         self.guards, self.scheduler, self.ranks = list(guards), scheduler, ranks or OneRank()
@@ -112,6 +119,8 @@ class Updater:
         for guard in self.guards:
             guard.begin(model, loss.module)
         self.snapshots = Snapshots(self.guards, model, optimizer, scheduler, loss.module)
+        modules = [model] if loss.module is None else [model, loss.module]
+        self.side = SideChanges(*modules, ignored=ignored)
         self.updates = 0
         self._told: set[str] = set()
 
@@ -160,6 +169,7 @@ class Updater:
             "guards": [guard.state_dict() for guard in self.guards],
             "snapshots": self.snapshots.state_dict(),
             "loss": loss_state(self.loss.module, self.model),
+            "side": self.side.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,6 +184,33 @@ class Updater:
             guard.load_state_dict(remembered)
         if "snapshots" in state:  # Lightning's checkpoints had none once
             self.snapshots.load_state_dict(state["snapshots"])
+        if "side" in state:  # nor had any of an earlier version
+            self.side.load_state_dict(state["side"])
+
+    def like(self, own: Callable[[], Mapping[str, Any]], stream: Stream) -> Like:
+        """Return what tells of each entry of a saved state what it may be made of, as `tbptt.codec` asks it.
+
+        Args:
+            own: returns this run's state, by entry. For what a new run does not have yet, the states of the model, it
+                is run on the first window.
+            stream: what is trained on; it stays where it is.
+        """
+
+        def like(entry: str) -> Any:
+            there = own().get(entry)
+            if entry not in ("carry", "snapshots"):
+                return there
+            return there, first_states(self.model, stream, self.estimator.next_steps(self.carry))
+
+        return like
+
+    def unsaved(self) -> str:
+        """Say what training changes and no state_dict holds, each place once; empty for nothing new."""
+        places = ", ".join(self.side.unsaved())
+        return places and (
+            f"{places} of {type(self.model).__name__} changes while it trains, but is made of what no checkpoint holds "
+            "(objects, functions): a resumed run begins with a new one, and is not the run that was stopped"
+        )
 
     def _load_loss(self, state: dict[str, Any] | None) -> None:
         here = weights_of(loss_state(self.loss.module, self.model))

@@ -178,3 +178,25 @@ def test_as_a_process_without_colour_or_traceback() -> None:
     assert ended.stderr.startswith("error: a file was expected")
     assert "\x1b" not in ended.stderr
     assert len(ended.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("train", "no.txt"), ("resume", "no-run"), ("learn", "no.csv"), ("compare", "no.txt")],
+    ids=lambda arguments: arguments[0],
+)
+def test_one_of_several_ranks_is_refused_before_anything_is_read(
+    program: Program, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, str]
+) -> None:
+    """Each rank would train a model of its own, on the same data, and all write into one directory."""
+    alone = program(*arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = program(*arguments)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert f"tbptt {arguments[0]} does not sum gradients over ranks" in ended.err
+    assert "lightning" in ended.err
+    assert "Accelerate" in ended.err
+    assert not list(Path().iterdir())
+    assert "over ranks" not in alone.err  # and of one process it says what is wrong with the data
+    assert program("--version").code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -67,7 +68,7 @@ def test_more_updates_are_made_and_recorded(train: Program, program: Program) ->
     assert "fox-1: goes on after update 6 of 10" in longer.err
     never_stopped = train("--updates", "10").run
     assert weights(run, 10) == weights(never_stopped, 10)
-    assert program("resume", run, "--passes", "1").code == 0
+    assert program("resume", run, "--passes", "1", "--schedule-updates", "169").code == 0
     settings = tomllib.loads((run / "config.toml").read_text())["run"]
     assert settings["passes"] == 1
     assert "updates" not in settings
@@ -86,8 +87,44 @@ def test_a_longer_run_does_not_stretch_the_schedule(train: Program, program: Pro
     run = train("--set", "schedule.name=cosine", "--set", "schedule.warmup=0", "--set", "schedule.final=0.5").run
     ended = program("resume", run, "--updates", "9")
     assert "the learning-rate schedule ends at update 6; after that the rate stays 0.002" in ended.err
+    assert rates(run)[6:] == [0.002] * 3
+
+
+def rates(run: Path) -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["learning_rate"] for row in rows if row["kind"] == "update"][6:] == [0.002] * 3
+    return [row["learning_rate"] for row in rows if row["kind"] == "update"]
+
+
+def test_a_schedule_that_has_fallen_to_zero_is_refused_and_can_be_made_longer(train: Program, program: Program) -> None:
+    begun = train("--set", "schedule.warmup=0", "--set", "run.log_every=1")  # a text has a cosine
+    run, proposed = begun.run, "tbptt resume runs/fox-1 --updates 12 --schedule-updates 12"
+    assert f"          {proposed}\n" in begun.err
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    refused = program("resume", run, "--updates", "9")
+    assert refused.code == 2
+    assert "but it ends at update 6, with schedule.final = 0" in refused.err
+    assert "hint: tbptt resume RUN --updates 9 --schedule-updates 9" in refused.err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert f"hint: {proposed}\n" in program("resume", run).err
+    assert program(*proposed.split()[1:]).code == 0
+
+    def cosine(update: int, length: int) -> float:
+        return 0.004 * 0.5 * (1 + math.cos(math.pi * update / length))
+
+    expected = [cosine(update, 6) for update in range(6)] + [cosine(update, 12) for update in range(6, 12)]
+    assert rates(run) == pytest.approx(expected, rel=1e-12)
+    assert program("resume", run).code == 0  # config.toml holds it
+    assert program("resume", run, "--updates", "13").code == 2
+
+
+def test_a_schedule_too_short_is_refused_when_a_run_starts(train: Program, program: Program) -> None:
+    refused = train("--set", "schedule.warmup=0", "--set", "schedule.updates=4")
+    assert refused.code == 2
+    assert "hint: --set schedule.updates=6; or --set schedule.final=0.1" in refused.err
+    assert not Path("runs").exists()
+    assert train("--set", "schedule.warmup=5", "--set", "schedule.updates=4").code == 0  # still rising at the end
+    constant = train("--set", "schedule.name=constant").run
+    assert program("resume", constant, "--updates", "8", "--schedule-updates", "8").code == 2
 
 
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(train: Program, program: Program) -> None:

@@ -212,4 +212,75 @@ def test_weights_that_are_no_units_are_named() -> None:
     report = tbptt.check(model, inputs, EProp())
     assert report
     assert "cell.embedding.weight" in str(report)
-    assert EProp().limits(tbptt.scan(Leaky(0.5)), torch.randn(12, 2, M)) == ""
+    assert RFLO().limits(tbptt.scan(Leaky(0.5)), torch.randn(12, 2, M)) == ""
+
+
+def test_what_is_left_out_is_said() -> None:
+    """The ways by which units depend on each other; a leak in such a way is lost with it."""
+    leaky = EProp().limits(tbptt.scan(Leaky(0.5)), torch.randn(12, 2, M))
+    assert leaky == "units depend on each other by state to state: left out, with what they depend on themselves by it"
+    adaptive = EProp().limits(tbptt.scan(Adaptive()), torch.randn(12, 1, M))
+    assert adaptive == "units depend on each other by z to v: left out, with what they depend on themselves by it"
+
+
+def test_units_that_are_alone_at_first_are_not_taken_for_it() -> None:
+    """Recurrent weights that begin as an identity, as relu networks have them: what a unit tells others will come."""
+    cell = Leaky(0.5).double()
+    with torch.no_grad():
+        cell.again.weight.copy_(torch.eye(N))
+    model, (inputs, targets) = tbptt.scan(cell), recorded()
+    assert "state to state" in EProp().limits(model, inputs)
+    found = summed(EProp(), model, inputs, targets)
+    assert relative(found, summed(TBPTT(1, 1), model, inputs, targets)) < 1e-12
+    assert relative(found, summed(tbptt.RTRL(), model, inputs, targets)) > 1e-2  # the control
+
+
+def test_a_dependence_that_shows_late_is_taken_for_what_it_is() -> None:
+    """Neighbours are driven above a level that no probe comes to: from then on rows are seen to be no units."""
+
+    class Far(Adaptive):
+        def forward(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+            zeros = inputs.new_zeros(len(inputs), N)
+            v, z = (zeros, zeros) if state is None else state
+            v = 0.8 * v + self.again(z) + self.enter(inputs)
+            z = torch.relu(v - 1e4).roll(1, 1)
+            return self.head(z), (v, z)
+
+    torch.manual_seed(0)
+    model, (inputs, targets) = tbptt.scan(Far().double()), recorded()
+    assert "enter" not in EProp().limits(model, inputs)
+    inputs[10:] *= 1e5
+    found, wanted = (summed(each, model, inputs, targets) for each in (EProp(), TBPTT(1, 1)))
+    assert relative(found, wanted) < 1e-12
+    assert relative(summed(TBPTT(1, 2), model, inputs, targets), wanted) > 1e-3  # the control
+
+
+def test_outputs_that_pass_the_returned_state_by_are_refused() -> None:
+    class Late(Leaky):
+        def forward(self, inputs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            state = inputs.new_zeros(len(inputs), N) if state is None else state
+            outputs, after = super().forward(inputs, state)
+            return outputs + self.head(state), after
+
+    model, (inputs, targets) = tbptt.scan(Late(0.5).double()), recorded()
+    with pytest.raises(CapabilityError, match="depend on the state before the step in another way"):
+        summed(RFLO(leak=0.5), model, inputs, targets)
+    summed(RFLO(leak=0.5, feedback="random"), model, inputs, targets)
+
+
+def test_a_start_whose_rows_are_no_units_is_learned_from_the_first_step() -> None:
+    class Made(Leaky):
+        def __init__(self) -> None:
+            super().__init__(0.5)
+            self.make = nn.Linear(N, N, bias=False)
+
+        def initial_state(self, lanes: int) -> Tensor:
+            return self.make(torch.ones(N).double()).cumsum(0).expand(lanes, -1)
+
+    torch.manual_seed(0)
+    model, (inputs, targets) = tbptt.scan(Made().double()), recorded(2)
+    assert "cell.make.weight: learned from each step alone" in RFLO(leak=0.5).limits(model, inputs)
+    found, wanted = (summed(each, model, inputs, targets) for each in (RFLO(leak=0.5), TBPTT(1, 1)))
+    assert wanted["cell.make.weight"].abs().max() > 1e-3
+    assert relative({"": found["cell.make.weight"]}, {"": wanted["cell.make.weight"]}) < 1e-12
+    assert relative({"": found["cell.enter.bias"]}, {"": wanted["cell.enter.bias"]}) > 1e-3  # the control

@@ -21,36 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbptt.model import fork_random, left_as_it_was
 from tbptt.tree import Tree, as_leaves, copy, differentiable, tensors, tree_map
+from tbptt.weights import Saved, copy_to_save
 
 __all__ = ["overwrites_what_it_needs", "protected"]
 
 _SYMPTOMS = ("modified by an inplace operation", "has been modified inplace")
-
-
-class _Saved:
-    """A tensor that the backward pass will need: the original as long as nobody writes to it, then a copy."""
-
-    __slots__ = ("__weakref__", "tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # with its graph it would hold itself, and never be freed
-        self.version = self.tensor._version
-
-    def save(self) -> None:
-        """Make a copy, before the memory is written to."""
-        if self.version == self.tensor._version:
-            self.tensor = self.tensor.clone()
-            self.version = self.tensor._version
-
-    def unpack(self) -> Tensor:
-        """Return the tensor as it was when it was saved."""
-        if self.version != self.tensor._version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation "
-                "after the model's call: weights that an optimizer has changed in between, for example. A "
-                "gradient through old activations and new weights is the gradient of nothing"
-            )
-        return self.tensor
 
 
 class _CopyBeforeWrite(TorchDispatchMode):
@@ -58,10 +33,13 @@ class _CopyBeforeWrite(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.saved: defaultdict[int, WeakSet[_Saved]] = defaultdict(WeakSet)
+        self.saved: defaultdict[int, WeakSet[Saved]] = defaultdict(WeakSet)
 
-    def pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+    def pack(self, tensor: Tensor) -> Saved | Tensor:
+        kept = copy_to_save(tensor)
+        if kept is not None:
+            return kept
+        saved = Saved(tensor)
         self.saved[_address(tensor)].add(saved)
         return saved
 
@@ -99,7 +77,7 @@ def protected() -> Generator[None]:
         (benchmarks/speed/protection.py); memory of the copies.
     """
     mode = _CopyBeforeWrite()
-    with saved_tensors_hooks(mode.pack, _Saved.unpack), mode:
+    with saved_tensors_hooks(mode.pack, Saved.unpack), mode:
         yield
 
 

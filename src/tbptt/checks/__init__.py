@@ -11,6 +11,7 @@ from torch import nn
 from tbptt.checks.carry import detached_training, gradient_carry, value_carry
 from tbptt.checks.lanes import batch_norm, in_place_safety, lane_independence, randomness, reset, state
 from tbptt.checks.pathways import pathways
+from tbptt.checks.precision import without_autocast
 from tbptt.checks.reach import Reach, measure_reach, reach
 from tbptt.checks.report import CheckItem, CheckReport
 from tbptt.checks.rounding import rounding
@@ -91,11 +92,12 @@ def check(
     """
     accepted = known_items(accept)
     check_trainable(model)
-    device = next(model.parameters()).device
+    window = example if isinstance(example, Window) else Window(example)
+    device, autocast = next(model.parameters()).device, without_autocast(model, window.inputs)
     # without cuDNN, whose recurrent layers have no backward pass in eval mode, where dropout is off
-    with preserved(device=device), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+    with preserved(device=device), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False), autocast:
         seed_everything(0)
-        trial = Trial.prepare(model, example if isinstance(example, Window) else Window(example), chunks)
+        trial = Trial.prepare(model, window, chunks)
         items = [_ask(lambda: state(trial), "state", accepted)]
         if not items[0].passed:  # without a state there is nothing else to ask
             return CheckReport(_name(model), trial.tried, tuple(items))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,12 +10,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbptt.errors import ShapeError
-from tbptt.model import copy_model, left_as_it_was
-from tbptt.tree import Tree, differentiable, leaves, tensors, tree_map
+from tbptt.model import copy_model, fork_random, left_as_it_was
+from tbptt.tree import Tree, differentiable, leaves, tensors, to, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
-__all__ = ["apart", "cast_inputs", "computes_narrower", "distance", "half_precision", "in_double", "project"]
+__all__ = [
+    "apart",
+    "cast_inputs",
+    "computes_narrower",
+    "distance",
+    "half_precision",
+    "in_double",
+    "project",
+    "without_autocast",
+]
 
 HALF = (torch.bfloat16, torch.float16)
 """The types of 16 bits, coarsest first."""
@@ -38,9 +48,30 @@ def cast_inputs(inputs: Tree, dtype: torch.dtype) -> Tree:
     return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs)
 
 
+def without_autocast(model: nn.Module, inputs: Tree) -> AbstractContextManager[Any]:
+    """Leave autocast off, where a check is made within it, unless the model runs in no other way.
+
+    Autocast narrows single precision, and leaves double precision as it is: a model that fixes float32 somewhere would
+    be told that it does not carry its state, for what is autocast's rounding.
+    """
+    device = next(model.parameters()).device
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    off = torch.autocast(device.type, enabled=False)
+    try:
+        with off, torch.no_grad(), fork_random(device), left_as_it_was(model):
+            unroll(model, Window(to(inputs, device)), None, None)
+    except Exception:  # kernels that take 16 bits only; whatever else it is, it is said in the check
+        return nullcontext()
+    return off
+
+
 def half_precision(model: nn.Module) -> torch.dtype | None:
-    """Return the coarsest type of 16 bits that a parameter has; None for a model without any."""
+    """Return the coarsest type of 16 bits that a model computes in, by its parameters or autocast; None for none."""
     found = {value.dtype for value in model.parameters()}
+    device = next(model.parameters()).device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        found.add(torch.get_autocast_dtype(device))
     return next((dtype for dtype in HALF if dtype in found), None)
 
 

@@ -158,12 +158,13 @@ def measure_reach(
             _, carry = estimator.estimate(probe, loss, carry, whole[begin : begin + steps])
         uncut = loss(unroll(probe, whole, None, None)[0], None)
         found: list[Reach] = []
+        nothing = torch.zeros_like(probe.delta)  # no loss was injected, or none of them reaches a weight
         for at in chosen:
             only = torch.zeros(steps, whole.lanes, dtype=torch.bool)
             only[at] = True
             last = Window(whole[before:].inputs, mask=only.to(whole.mask.device), start=before)
             estimate, _ = estimator.estimate(probe, loss, carry, last)
-            measured = _reach(before + at, estimate.gradients["delta"], firsts)
+            measured = _reach(before + at, estimate.gradients.get("delta", nothing), firsts)
             full = torch.autograd.grad(uncut[before + at].sum(), probe.delta, retain_graph=True)[0]
             full[: bisect_left(firsts, before + at + 1 - asked[at])] = 0  # older than what is asked for
             found.append(Reach(asked[at], _reach(before + at, full, firsts), measured))

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer, lr_scheduler
 
 from tbptt.cli.config import Config, Model, Schedule
 from tbptt.cli.data import Opened, open_source
@@ -31,6 +30,7 @@ __all__ = [
     "build_metrics",
     "build_model",
     "build_optimizer",
+    "rate_until",
     "use_threads",
 ]
 
@@ -47,7 +47,7 @@ class Parts:
     model: nn.Module
     loss: nn.Module
     optimizer: Optimizer
-    scheduler: LambdaLR | None
+    scheduler: lr_scheduler.LambdaLR | None
     estimator: Estimator
     guards: list[Guard]
     metrics: dict[str, Metric]
@@ -74,7 +74,9 @@ def build(config: Config, record: Record | None = None) -> Parts:
     steps = estimator.next_steps(estimator.init(model, data.train.lanes))
     _refuse_unknown_end(config, estimator)
     updates = _num_updates(config, data, steps)
-    schedule_updates = record.schedule_updates if record is not None else config.schedule.updates or updates
+    schedule_updates = config.schedule.updates or (updates if record is None else record.schedule_updates)
+    if updates > rate_until(config.schedule, schedule_updates):
+        _refuse_rate_of_zero(config, updates, schedule_updates, resumed=record is not None)
     return Parts(
         model=model,
         loss=build_loss(data.facts),
@@ -173,6 +175,41 @@ def _groups(config: Config, estimator: Estimator, model: nn.Module) -> Iterable[
             fix="leave optimizer.predictor_lr out; or --set estimator.name=SyntheticGradients",
         )
     return estimator.parameter_groups(model, lr=config.optimizer.lr, predictor_lr=rate)
+
+
+def rate_until(schedule: Schedule, schedule_updates: int) -> float:
+    """Return how many updates have a learning rate above 0, with a schedule of that length."""
+    if schedule.name != "cosine" or schedule.final > 0:
+        return math.inf
+    return max(schedule_updates, schedule.warmup + 1)
+
+
+def _refuse_rate_of_zero(config: Config, updates: int, schedule_updates: int, *, resumed: bool) -> None:
+    if resumed:
+        until = f"--passes {config.run.passes}" if config.run.updates is None else f"--updates {updates}"
+        fix = (
+            f"tbptt resume RUN {until} --schedule-updates {updates}, with which the rate rises once more; or "
+            f"tbptt train --config RUN/config.toml {until} for a run in which it only falls"
+        )
+    else:
+        fix = f"--set schedule.updates={updates}; or --set schedule.final=0.1, which keeps a tenth of the rate"
+    raise ConfigError(
+        f"a learning-rate schedule of {updates} updates was expected, as many as are to be made, but it ends at update "
+        f"{schedule_updates}, with schedule.final = 0: after it the rate is 0, and nothing is learned",
+        fix=fix,
+    )
+
+
+class LambdaLR(lr_scheduler.LambdaLR):
+    """torch's, by the same name, which checkpoints have; a schedule that was made longer holds at once."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the number of updates, and set the rate that the schedule has after them."""
+        super().load_state_dict(state_dict)
+        shares = [share(self.last_epoch) for share in self.lr_lambdas]
+        self._last_lr = [rate * share for rate, share in zip(self.base_lrs, shares, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def _refuse_unknown_end(config: Config, estimator: Estimator) -> None:

@@ -8,13 +8,13 @@ import sys
 import typer
 
 from tbptt.checkpoint import Checkpoints
-from tbptt.cli.build import Parts
+from tbptt.cli.build import Parts, rate_until
 from tbptt.cli.config import Config
 from tbptt.cli.rundir import RunDirectory
 from tbptt.monitors import Monitor, Progress, TensorBoard
 from tbptt.trainer import HeldOut, Saving, Summary, Trainer
 
-__all__ = ["launch", "tell"]
+__all__ = ["launch", "longer", "newest_update", "tell"]
 
 
 def tell(text: str) -> None:
@@ -54,7 +54,7 @@ def launch(run: RunDirectory, config: Config, parts: Parts) -> None:
     if summary.stopped_by:
         _tell_stopped(run, summary)
     else:
-        tell("\n".join(_lines(run, config, summary)))
+        tell("\n".join(_lines(run, config, summary, parts)))
     print(run.path)
     if summary.stopped_by:
         raise typer.Exit(128 + signal.Signals[summary.stopped_by].value)
@@ -73,16 +73,21 @@ def _tell_stopped(run: RunDirectory, summary: Summary) -> None:
     tell(f"hint: tbptt resume {run.path}")
 
 
-def _lines(run: RunDirectory, config: Config, summary: Summary) -> list[str]:
+def longer(run: RunDirectory, config: Config, parts: Parts, made: int) -> str:
+    """Return the command by which a run of so many updates becomes one of twice as many, at a rate above 0."""
+    passes = config.run.updates is None and config.run.passes is not None
+    until = f"--passes {2 * (config.run.passes or 1)}" if passes else f"--updates {2 * made}"
+    if 2 * made > rate_until(config.schedule, parts.schedule_updates):
+        until += f" --schedule-updates {2 * made}"
+    return f"tbptt resume {run.path} {until}"
+
+
+def _lines(run: RunDirectory, config: Config, summary: Summary, parts: Parts) -> list[str]:
     model, settings = config.model, config.run
     arguments = ", ".join(f"{key}={value}" for key, value in config.estimator.items() if key in ("k1", "k2"))
     source = config.data.source
     layers = f"{model.layers} x " if model.layers > 1 else ""
     made = f"{summary.updates} updates, {summary.passes} passes"
-    if settings.updates is not None:
-        longer = f"--updates {2 * settings.updates}"
-    else:
-        longer = f"--passes {2 * (settings.passes or 1)}"
     lines = [
         f"trained   {layers}{model.core.upper()} {model.hidden} on {source}, "
         f"{config.estimator['name']}({arguments}), {made}",
@@ -93,5 +98,5 @@ def _lines(run: RunDirectory, config: Config, summary: Summary) -> list[str]:
     lines += [f"run       {run.path}", f"next      tbptt evaluate {run.path}"]
     if config.data.unit is not None:
         lines.append(f"          tbptt sample {run.path}")
-    lines.append(f"          tbptt resume {run.path} {longer}")
+    lines.append(f"          {longer(run, config, parts, settings.updates or summary.updates)}")
     return lines

@@ -20,6 +20,7 @@ from tbptt.cli.report import report
 from tbptt.cli.resume import resume
 from tbptt.cli.sample import sample
 from tbptt.cli.train import train
+from tbptt.distributed import refuse_ranks
 from tbptt.errors import AlarmWarning, CheckpointWarning, ConfigError, TbpttError
 
 __all__ = ["main"]
@@ -32,6 +33,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_TRAINING = frozenset({"train", "resume", "learn", "compare"})
+"""The sub-commands that update weights, in one process."""
+
 for command in (train, resume, evaluate, sample, learn, check, report, horizon, compare):
     app.command()(command)
 
@@ -44,6 +48,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _options(  # pyright: ignore[reportUnusedFunction]
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -51,6 +56,8 @@ def _options(  # pyright: ignore[reportUnusedFunction]
 ) -> None:
     """Train stateful sequence models on sequences that never end, by truncated backpropagation through time."""
     del version, debug  # the first acts by itself, the second in main()
+    if context.invoked_subcommand in _TRAINING:
+        refuse_ranks(f"tbptt {context.invoked_subcommand}")  # before any data are read, or anything is written
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -27,7 +27,7 @@ _CONFIG, _RECORD = "config.toml", "run.json"
 _MAY_CHANGE = {
     f"run.{key}"
     for key in ("updates", "passes", "threads", "validate_every", "save_every", "keep", "log_every", "tensorboard")
-}
+} | {"schedule.updates"}
 
 
 class Facts(BaseModel):

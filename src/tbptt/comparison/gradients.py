@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from tbptt.comparison.excerpt import Excerpt
 from tbptt.comparison.settings import reseeded
+from tbptt.coupling import refuse_coupled
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimator
+from tbptt.estimators.gradients import own
 from tbptt.estimators.predictor import PREFIX
-from tbptt.estimators.segments import Segment, own, pull_back
+from tbptt.estimators.segments import Segment, pull_back
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
 from tbptt.randomness import seed_everything
@@ -84,6 +86,8 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
         segment = Segment.run(model, window[begin:end], state, dims, track=state is not None)
         state = detach(segment.end)
         if begin >= sizes.burn_in:
+            if not found:
+                refuse_coupled(loss.by_single_steps("tbptt.compare"), segment.outputs, window[begin:end], model)
             total, counted, _ = loss.total(segment.outputs, window[begin:end])
             if counted:
                 whole = [*chain, segment.injecting(total)]
@@ -91,7 +95,7 @@ def full_gradients(model: nn.Module, loss: StepLoss, excerpt: Excerpt, longest: 
                 pulled = pull_back(
                     whole, [list(parameters.values())] * len(whole), total.new_ones(()) / counted.weight, keep=True
                 )
-                gradients = own(list(parameters), list(parameters.values()), pulled.gradients)
+                gradients = own(parameters, pulled.gradients)
                 found[(begin - sizes.burn_in) // sizes.span] = flat(gradients, parameters)
         chain.append(segment)
         while longest is not None and sum(each.steps for each in chain[1:]) >= longest:

@@ -112,14 +112,14 @@ class Runner:
             self._record()
 
     def _update(self) -> Estimate | None:
-        """Make one update, as the trainer does; return what was estimated, None where that was no number and undone."""
+        """Make one update; return what was estimated, None where that was no number and the guards left it out."""
         window = self._read().to(self.updater.device)
         found = self.updater.update(window)
         self.steps += window.steps
         if self.updater.device.type == "cuda":
             torch.cuda.synchronize(self.updater.device)
-        went_back = found.roll_back is not None and not math.isfinite(float(found.raw.loss_sum))
-        return None if went_back else found.raw
+        left_out = found.estimate is None and not math.isfinite(float(found.raw.loss_sum))
+        return None if left_out else found.raw
 
     def _read(self) -> Window:
         try:
@@ -151,7 +151,8 @@ class Runner:
         self._sum, self._weight = 0.0, 0.0
 
     def _validate(self, held_out: Stream) -> None:
-        found = evaluate(self.model, self.loss, held_out, self.setting.metrics)
+        steps = self.estimator.next_steps(self.updater.carry) if self.loss.whole else None
+        found = evaluate(self.model, self.loss, held_out, self.setting.metrics, steps=steps)
         if not math.isfinite(found["loss"]):
             self.fault = f"diverged: its loss on held-out data was {found['loss']} at update {self.updates}"
             return

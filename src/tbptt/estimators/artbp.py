@@ -14,10 +14,10 @@ from torch import nn
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
+from tbptt.estimators.gradients import Gradients, scaled
 from tbptt.estimators.history import History
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Gradients, scaled
 from tbptt.length.base import check_seed, check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
@@ -160,8 +160,7 @@ class ARTBP(Estimator):
                 or a model or loss of another shape than agreed.
             CapabilityError: a model that does not return (outputs, state).
         """
-        check_lanes_of(window, carry.lanes)
-        check_steps_of(window, self.next_steps(carry))
+        check_window(window, carry, self.next_steps(carry))
         carry = carry.with_dims(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         past = carry.past.last(model, carry.past.steps, carry.dims)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import ConfigError
+from tbptt.estimators.gradients import numbers_of
 from tbptt.loss import Loss
 from tbptt.model import named_parameters
 from tbptt.rereading import Readable
@@ -94,7 +95,8 @@ class Estimate:
         """Write the gradients to the parameters' `.grad`, replacing whatever stood there.
 
         A parameter without a gradient gets None, so that `optimizer.step()` leaves it alone, weight decay included;
-        with no loss injected that is every one of them.
+        with no loss injected that is every one of them. Hooks of `register_post_accumulate_grad_hook` are called once
+        for each parameter that gets one, as after a backward pass.
 
         Args:
             model: that was trained.
@@ -112,15 +114,15 @@ class Estimate:
             )
         if isinstance(loss, nn.Module):  # first: what belongs to the model as well is the model's
             for name, parameter in named_parameters(loss).items():
-                parameter.grad = self.loss_gradients.get(name) if self.num_injected else None
+                _write(parameter, self.loss_gradients.get(name) if self.num_injected else None)
         for name, parameter in named_parameters(model).items():
-            parameter.grad = self.gradients.get(name) if self.num_injected else None
+            _write(parameter, self.gradients.get(name) if self.num_injected else None)
 
     def gradient_norm(self) -> Tensor:
         """Return the 2-norm of all gradients together, 0-dim."""
         if "gradient_norm" in self.metrics:  # measured by a guard, before it clipped
             return torch.tensor(self.metrics["gradient_norm"], dtype=torch.float64)
-        return torch.nn.utils.get_total_norm(self.all_gradients.values())
+        return torch.nn.utils.get_total_norm([numbers_of(each) for each in self.all_gradients.values()])
 
     def with_gradients(self, gradients: dict[str, Tensor], **metrics: float) -> Estimate:
         """Return the estimate with other gradients and more metrics, as a guard does.
@@ -131,9 +133,23 @@ class Estimate:
         """
         if not self.loss_gradients:
             return replace(self, gradients=gradients, metrics=self.metrics | metrics)
-        own = {name: each for name, each in gradients.items() if not name.startswith(LOSS_PREFIX)}
-        of_loss = {name.removeprefix(LOSS_PREFIX): each for name, each in gradients.items() if name not in own}
+        own, of_loss = by_owner(gradients)
         return replace(self, gradients=own, loss_gradients=of_loss, metrics=self.metrics | metrics)
+
+
+def by_owner(gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradients of the model, and those of the loss by its own names, of all together."""
+    of_loss = {name.removeprefix(LOSS_PREFIX): each for name, each in gradients.items() if name.startswith(LOSS_PREFIX)}
+    if not of_loss:
+        return gradients, of_loss
+    return {name: each for name, each in gradients.items() if not name.startswith(LOSS_PREFIX)}, of_loss
+
+
+def _write(parameter: Tensor, gradient: Tensor | None) -> None:
+    parameter.grad = gradient
+    hooks = parameter._post_accumulate_grad_hooks if gradient is not None else None  # pyright: ignore
+    for hook in tuple(hooks.values()) if hooks else ():
+        hook(parameter)
 
 
 class Carry(Protocol):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tbptt.errors import ConfigError, NonFiniteError
-from tbptt.estimators.segments import Boundary, Gradients, lane_norms, pass_on
+from tbptt.estimators.gradients import Gradients
+from tbptt.estimators.segments import Boundary, lane_norms, pass_on
 from tbptt.tree import LaneDims, Tree, tensors
 
 __all__ = ["ClipBoundary", "parse_boundary", "rule_at"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tbptt.errors import ConfigError, ShapeError
+from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.retained import RetainedSegment
 from tbptt.length import Adaptive, Length, LengthState
@@ -19,10 +19,10 @@ from tbptt.length.base import States, states_from
 from tbptt.model import find_lane_dims
 from tbptt.pathways import in_segments, segment_steps
 from tbptt.rereading import Rereading
-from tbptt.tree import LaneDims, Tree, all_finite
+from tbptt.tree import LaneDims, Tree, all_finite, tensors
 from tbptt.window import Window
 
-__all__ = ["ChainCarry", "check_lanes_of", "check_saved_lanes", "check_steps_of"]
+__all__ = ["ChainCarry", "check_saved_lanes", "check_window"]
 
 
 @dataclass(eq=False)
@@ -40,6 +40,8 @@ class ChainCarry:
         draws: made so far by an estimator that draws; with its seed, they say what is drawn next. Of `TBPTT`:
             updates made.
         running: running means that it draws by; None for one of nothing yet.
+        looked: whether the lane dimensions were looked for.
+        loss_looked: whether the loss was looked at, if it is one of single steps; set in place, once it is known.
         unit: steps of a segment, where the model is cut into segments: all cuts are multiples of it. Else 1.
     """
 
@@ -54,6 +56,7 @@ class ChainCarry:
     running: tuple[float | None, ...] = ()
     unit: int = 1
     looked: bool = field(default=False, repr=False)
+    loss_looked: bool = field(default=False, repr=False)
 
     @property
     def finite(self) -> bool:
@@ -180,29 +183,38 @@ def check_saved_lanes(lanes: int, saved: int) -> None:
         )
 
 
-def check_steps_of(window: Window, most: int, fix: str = "") -> None:
-    """Refuse a window of more steps than were asked for.
+def check_window(window: Window | Rereading, carry: ChainCarry, most: int | None = None, fix: str = "") -> None:
+    """Refuse a window that an estimator cannot go on with.
+
+    Args:
+        window: the steps to come.
+        carry: what it goes on from.
+        most: the most steps that it may have; None for any number.
+        fix: what to say where it has more.
 
     Raises:
-        ShapeError: it has more.
+        ShapeError: it has more steps, or other lanes than the carry.
+        CapabilityError: its inputs or targets, or the state, carry a graph.
     """
-    if window.steps > most:
+    if most is not None and window.steps > most:
         raise ShapeError(
             f"a window of at most k1 = {most} steps was expected, but {window.steps} came: "
             "there would be fewer updates than k1 says",
             fix=fix or "stream.read(estimator.next_steps(carry))",
         )
-
-
-def check_lanes_of(window: Window | Rereading, lanes: int) -> None:
-    """Refuse a window that does not have the lanes of the carry.
-
-    Raises:
-        ShapeError: it has other ones.
-    """
-    if window.lanes != lanes:
+    if window.lanes != carry.lanes:
         raise ShapeError(
-            f"a window of {lanes} lanes was expected, as the carry has, but {window.lanes} came: "
+            f"a window of {carry.lanes} lanes was expected, as the carry has, but {window.lanes} came: "
             "each lane's state belongs to that lane's sequence",
             fix=f"estimator.init(model, lanes={window.lanes}) when the sequences are other ones",
         )
+    first = window if isinstance(window, Window) else window.first
+    for what, tree in (("inputs", first.inputs), ("targets", first.targets), ("a carried state", carry.state)):
+        for leaf in () if tree is None else tensors(tree):
+            if leaf.requires_grad:
+                raise CapabilityError(
+                    f"{what} without a graph were expected, but a tensor of shape {tuple(leaf.shape)} requires a "
+                    f"gradient in the window from step {window.start} on: the estimator returns gradients of the model "
+                    "and of the loss only, so that whatever has made it would never be trained",
+                    fix="make the module that makes it, such as an encoder, a part of the model; or detach() it",
+                )

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_window
+from tbptt.estimators.gradients import Gradients, add, numbers_of, scaled
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Chain, Gradients, Pulled, add, norm_of, scaled, walk_back
+from tbptt.estimators.segments import Chain, Pulled, norm_of, walk_back
 from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.tree import detach
 from tbptt.window import Window
@@ -65,8 +66,7 @@ def drawn_estimate(
     Raises:
         ShapeError: a window longer than k1 or of another number of lanes.
     """
-    check_lanes_of(window, carry.lanes)
-    check_steps_of(window, k1)
+    check_window(window, carry, k1)
     carry = carry.for_window(model, window)
     run = Run(model, StepLoss.of(loss), carry, keep_outputs=keep_outputs)
     missing = carry.missing(window)
@@ -75,7 +75,8 @@ def drawn_estimate(
     total = news + window.steps
     end = total + missing
     # a segment begins where a part does, and where the next look-back, of whatever length, would
-    cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    all_cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    cuts = run.cuts(all_cuts, news)
     chain: Chain
     if segment is None:
         chain, stretches = run.look_back(past, window, cuts)
@@ -102,7 +103,7 @@ def _pull(
     run: Run, chain: Chain, sizes: Sequence[int], injected: Counted, lookbacks: Sequence[int], drawn: Drawn
 ) -> tuple[Pulled, list[float]]:
     """Return the weighted gradient, and the squared norm of each part."""
-    nothing: Gradients = [None] * len(run.names)
+    nothing: Gradients = [None] * len(run.asked)
     parts = [nothing] * (drawn.reached + 1)
     if not injected:
         return Pulled(nothing, []), []
@@ -112,7 +113,7 @@ def _pull(
         distance += size  # from the window's end to the segment's beginning
         of.append(next((n for n, length in enumerate(lookbacks) if distance <= length), drawn.reached))
     of.reverse()
-    for step in walk_back(chain, [run.parameters] * len(chain), weight):
+    for step in walk_back(chain, [run.asked] * len(chain), weight):
         parts[of[step.index]] = add(parts[of[step.index]], step.gradients)
         if step.index > 0:
             norms.append(norm_of(step.cotangent, weight))
@@ -125,7 +126,7 @@ def _pull(
 
 def _square(gradients: Gradients) -> float:
     found = [each for each in gradients if each is not None]
-    return math.fsum(float(torch.linalg.vector_norm(each)) ** 2 for each in found)
+    return math.fsum(float(torch.linalg.vector_norm(numbers_of(each))) ** 2 for each in found)
 
 
 def check_lookbacks(owner: str, k1: int, lookbacks: Sequence[int], fix: str) -> None:

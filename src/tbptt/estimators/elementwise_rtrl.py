@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.sparsity import tried_step
 from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
 from tbptt.recurrence import Recurrence, recurrences_of
@@ -175,7 +176,7 @@ def _examined(model: nn.Module, inputs: Tree) -> tuple[list[_Units], dict[str, s
     dims = find_lane_dims(model, inputs)
     with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
         torch.manual_seed(0)
-        segment = tried_step(model, inputs, 0, dims, moved=False)
+        segment = tried_step(model, inputs, 0, dims, moved=0.0)
         found = _laid_out(declared, segment.segment.end, dims, trainable_parameters(model))
         reached: dict[str, set[int]] = {}
         for each in found:

@@ -12,25 +12,35 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
+from tbptt.estimators.gradients import Gradients, add
+from tbptt.estimators.lane_segment import LaneSegment, check_dense, check_embeddings
 from tbptt.estimators.perlane import PerLane
-from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Gradients, Pulled, Segment, norm_of, walk_back
+from tbptt.estimators.segments import Pulled, Segment, norm_of, walk_back
 from tbptt.length.base import check_whole
 from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
-from tbptt.tree import LaneDims, Tree, all_finite, as_real, detach, differentiable, tensors
+from tbptt.tree import LaneDims, Tree, all_finite, detach
 from tbptt.window import Window
 
-__all__ = ["CarriedInfluence", "ForwardMode", "Influence", "InfluenceCarry", "LaneSegment", "add_to", "check_size"]
+__all__ = [
+    "CarriedInfluence",
+    "ForwardMode",
+    "Influence",
+    "InfluenceCarry",
+    "LaneSegment",
+    "add_to",
+    "check_dense",
+    "check_size",
+]
 
 Influence: TypeAlias = dict[str, Any]
 """What a method knows of the influence of the weights on the state: tensors, in dicts by name. Empty for none."""
@@ -84,131 +94,6 @@ class InfluenceCarry:
         self.names = tuple(state["names"])
 
 
-@dataclass(frozen=True, eq=False)
-class LaneSegment:
-    """A stretch of steps with its graph, whose gradients come lane by lane.
-
-    Args:
-        segment: the stretch, its start tracked unless it is the model's initial state.
-        names: of the parameters.
-        weights: each lane's copy of them; of one lane they themselves.
-        dims: the lane dimensions of the state.
-        one: 1, in the type of the losses.
-        parameters: the weights that all lanes share.
-        shared: the same steps run with these; None where a method does not ask for it.
-    """
-
-    segment: Segment
-    names: Sequence[str]
-    weights: Sequence[Tensor]
-    dims: LaneDims | None
-    one: Tensor
-    parameters: Sequence[Tensor] = ()
-    shared: Segment | None = None
-
-    @property
-    def end(self) -> Tensor:
-        """The numbers of the state after. Shape (B, S)."""
-        return self.rows(self.segment.end)
-
-    @property
-    def lanes(self) -> int:
-        """The number of lanes, B."""
-        return tensors(self.segment.outputs)[0].shape[1]
-
-    def rows(self, state: Tree, gradient: Gradients | None = None) -> Tensor:
-        """Return a state, or its gradient, as rows. Shape (B, S)."""
-        return rows_of(state, self.dims, gradient)
-
-    def pulled(self, seeds: Tensor, *, weights: bool = True) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Pull a gradient of the end state back, each lane alone.
-
-        Args:
-            seeds: the gradient of each number of the end state. Shape (B, S).
-            weights: whether to go on to the weights.
-
-        Returns:
-            The gradients of the weights that they depend on, by name, (B, p) each; and of the start, (B, S), None for
-            the model's initial state.
-        """
-        silent = replace(self.segment, loss=None)
-        chosen = list(self.weights) if weights else []
-        tracked = self.segment.start is not None
-        arriving = cotangent_of(seeds, self.segment.end, self.dims)
-        found, before = silent.vjp(chosen, self.one, arriving, start=tracked, keep=True)
-        lanes = seeds.shape[0]
-        by_name = {
-            name: each.detach().reshape(lanes, -1)
-            for name, each in zip(self.names, found, strict=False)
-            if each is not None
-        }
-        return by_name, self.rows(self.segment.start, before) if tracked else None
-
-    def pushed(self, rows: Tensor) -> Tensor:
-        """Return D times a direction of each lane's start state. Shape (B, S).
-
-        Forward mode by going back twice, which every operation of torch can: u D t is linear in u, and its gradient
-        with respect to u is D t.
-
-        Cost: two backward passes.
-        """
-        start, end = self.segment.start, self.segment.end
-        assert start is not None
-        seed = torch.zeros_like(rows, requires_grad=True)
-        pairs = zip(differentiable(end), cotangent_of(seed, end, self.dims), strict=True)
-        roots = [(leaf, each) for leaf, each in pairs if leaf.requires_grad]
-        before = differentiable(start)
-        found = cast(
-            "Sequence[Tensor | None]",
-            torch.autograd.grad(
-                [leaf for leaf, _ in roots], before, [each for _, each in roots], create_graph=True, allow_unused=True
-            ),
-        )
-        total: Tensor | None = None
-        for each, along in zip(found, cotangent_of(rows, start, self.dims), strict=True):
-            if each is not None:
-                part = (as_real(each) * as_real(along)).sum()  # pyright: ignore[reportArgumentType]
-                total = part if total is None else total + part
-        if total is None or not total.requires_grad:
-            return torch.zeros_like(rows)
-        return torch.autograd.grad(total, seed, retain_graph=True)[0].detach()
-
-    def jacobians(self, seeds: Sequence[Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return I by name, (B, S, p) each, and D, (B, S, S), None for the model's initial state.
-
-        Args:
-            seeds: gradients of the end state, C of shape (B, S), to pull back instead of one for each of its numbers.
-
-        Cost: S backward passes, or C, all lanes side by side.
-        """
-        chosen = self.unit_seeds() if seeds is None else seeds
-        full: dict[str, Tensor] = {}
-        before: list[Tensor] = []
-        for index, each in enumerate(chosen):
-            found, start = self.pulled(each)
-            for name, gradient in found.items():
-                if name not in full:
-                    full[name] = gradient.new_zeros(len(gradient), len(chosen), gradient.shape[1])
-                full[name][:, index] = gradient
-            if start is not None:
-                before.append(start)
-        return full, torch.stack(before, 1) if before else None
-
-    def state_jacobian(self) -> Tensor:
-        """Return D. Shape (B, S, S).
-
-        Cost: S backward passes, all lanes side by side, none of them into the weights.
-        """
-        rows = [self.pulled(seed, weights=False)[1] for seed in self.unit_seeds()]
-        return torch.stack([each for each in rows if each is not None], 1)
-
-    def unit_seeds(self) -> list[Tensor]:
-        """Return a gradient of the end state for each of its numbers, 1 there and 0 elsewhere. S of shape (B, S)."""
-        like = self.end
-        eye = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
-        return [row.expand_as(like) for row in eye]
-
-
 def check_size(numbers: int, what: str, fix: str) -> None:
     """Refuse more than 2^28 numbers, 1 GiB in single precision.
 
@@ -232,8 +117,6 @@ class ForwardMode(Estimator):
 
     stepwise: ClassVar[bool] = False
     """Whether influence is brought on step by step, however many steps a window has."""
-    shares: ClassVar[bool] = False
-    """Whether the steps are also run with the weights that all lanes share, for what the losses say of the state."""
 
     def __post_init__(self) -> None:
         check_whole(self, "k1", f"{type(self).__name__}(k1=1)")
@@ -246,6 +129,7 @@ class ForwardMode(Estimator):
     def init(self, model: nn.Module, lanes: int) -> InfluenceCarry:
         """Return the carry before the first window; see `Estimator.init`."""
         check_trainable(model)
+        check_embeddings(model)
         return InfluenceCarry(ChainCarry(lanes, unit=unit_of(model, k1=self.k1)))
 
     def reach(self, steps: int) -> tuple[int, ...] | None:
@@ -281,8 +165,7 @@ class ForwardMode(Estimator):
             CapabilityError: a model that does not return (outputs, state), whose state cannot be taken apart by
                 lane, or that is too large for the method.
         """
-        check_steps_of(window, self.k1, f"stream.windows({self.k1}), or k1={window.steps}")
-        check_lanes_of(window, carry.chain.lanes)
+        check_window(window, carry.chain, self.k1, f"stream.windows({self.k1}), or k1={window.steps}")
         chain = carry.chain.with_dims(model, window)
         influence = carry.influence if chain.draws else self.begin(model, window, chain.dims)
         run = Run(model, StepLoss.of(loss), chain, keep_outputs=self.keep_outputs)
@@ -298,7 +181,7 @@ class ForwardMode(Estimator):
         made = self._run(run, lanes, window)
         sums, norms, influence = self.made_of(made, influence, chain.draws)
         counted = run.counted
-        pulled = Pulled(_shared(sums, weights, counted), [each / counted.weight for each in norms if counted])
+        pulled = Pulled(_shared(sums, run.trained, counted), [each / counted.weight for each in norms if counted])
         after = replace(chain, state=detach(made[-1].segment.end), draws=chain.draws + len(made))
         return run.estimate(pulled, counted, window.steps), InfluenceCarry(
             after, influence, lanes.vectorized, run.names
@@ -309,17 +192,12 @@ class ForwardMode(Estimator):
         state, dims = run.carry.state, run.carry.dims
         made: list[LaneSegment] = []
         weights = list(lanes.weights.values())
+        of_loss = {name: each for name, each in run.trained.items() if name not in lanes.weights}
         for piece in [window[at : at + 1] for at in range(window.steps)] if self.stepwise else [window]:
             tracked = state is not None
-            segment = Segment.run(lanes, piece, state, dims, track=tracked)
-            shared = Segment.run(run.model, piece, state, dims, track=False) if self.shares else None
-            if shared is None:
-                segment = run.inject(segment, piece)
-            else:
-                shared = run.inject(shared, piece)
-            made.append(
-                LaneSegment(segment, run.names, weights, dims, torch.ones_like(run.sums[-1]), run.parameters, shared)
-            )
+            segment = run.inject(Segment.run(lanes, piece, state, dims, track=tracked), piece)
+            one = torch.ones_like(run.sums[-1])
+            made.append(LaneSegment(segment, run.names, weights, dims, one, run.parameters, of_loss))
             state = detach(segment.end)
         return made
 
@@ -365,20 +243,22 @@ class CarriedInfluence(ForwardMode):
 
 
 def _sent_back(made: Sequence[LaneSegment]) -> tuple[dict[str, Tensor], Gradients | None]:
-    """Return the gradients of the summed losses within a window, each lane's, and what arrives at its start."""
+    """Return the gradients of the summed losses within a window, and what arrives at its start."""
     first = made[0]
-    sums: dict[str, Tensor] = {}
+    copies, direct = list(first.weights), first.direct
+    names = [*first.names, *direct]
+    total: Gradients = [None] * len(names)
     arrived: Gradients = []
-    parameters = [first.weights] * len(made)
-    for step in walk_back([each.segment for each in made], parameters, first.one, keep=True, to_start=True):
-        for name, each in zip(first.names, step.gradients, strict=True):
-            if each is not None:
-                sums[name] = sums[name] + each if name in sums else each
+    asked = [[*copies, *direct.values()]] * len(made)
+    for step in walk_back([each.segment for each in made], asked, first.one, keep=True, to_start=True):
+        total = add(total, step.gradients)
         arrived = step.cotangent
-    tracked = first.segment.start is not None
-    if first.lanes > 1:
-        sums = {name: each.sum(0) for name, each in sums.items()}
-    return sums, arrived if tracked else None
+    check_dense(names, total)
+    sums: dict[str, Tensor] = {}
+    for index, (name, each) in enumerate(zip(names, total, strict=True)):
+        if each is not None:
+            add_to(sums, {name: each.sum(0) if first.lanes > 1 and index < len(copies) else each})
+    return sums, arrived if first.segment.start is not None else None
 
 
 def add_to(sums: dict[str, Tensor], news: Mapping[str, Tensor]) -> None:
@@ -391,7 +271,7 @@ def add_to(sums: dict[str, Tensor], news: Mapping[str, Tensor]) -> None:
 
 
 def _shared(sums: Mapping[str, Tensor], weights: Mapping[str, Tensor], injected: Counted) -> Gradients:
-    """Return the gradients of the mean for the weights that all lanes share."""
+    """Return the gradients of the mean for all that is trained."""
     if not injected:
         return [None] * len(weights)
     return [sums[name].view_as(value) / injected.weight if name in sums else None for name, value in weights.items()]

@@ -15,7 +15,7 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain, RereadPieces
 from tbptt.estimators.run import Run
@@ -140,10 +140,8 @@ class FullBPTT(Estimator):
             CapabilityError: a model that does not return (outputs, state); or steps that would have to be gone back
                 over were read from a stream and not held.
         """
-        check_lanes_of(window, carry.lanes)
+        check_window(window, carry, self.k1 if isinstance(window, Window) and isinstance(self.k1, int) else None)
         first = window if isinstance(window, Window) else window.first
-        if isinstance(window, Window) and self.k1 != "pass":
-            check_steps_of(window, self.k1)
         carry = carry.with_dims(model, first)
         past = None if first.resets.get(0) else self._past(carry)
         start = carry.state if past is None else past.state

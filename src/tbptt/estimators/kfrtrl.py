@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import check_single_steps
 from tbptt.estimators.random_products import balance, norms_of, signs
 from tbptt.length.base import check_seed

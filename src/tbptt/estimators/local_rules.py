@@ -7,30 +7,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal, cast
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
-from tbptt.estimators.forward_mode import ForwardMode, Influence, LaneSegment, add_to
-from tbptt.estimators.perlane import check_single_steps
-from tbptt.estimators.segments import Gradients, Segment
-from tbptt.estimators.sparsity import tried_step
+from tbptt.estimators.forward_mode import ForwardMode, Influence, add_to
+from tbptt.estimators.gradients import Gradients
+from tbptt.estimators.lane_segment import LaneSegment, check_dense
+from tbptt.estimators.perlane import PerLane
+from tbptt.estimators.run import Run
+from tbptt.estimators.segments import Segment
+from tbptt.estimators.sparsity import initial_segment
+from tbptt.estimators.units import Units, find_units, rows_driven, stopped_at
 from tbptt.length.base import check_seed
-from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
-from tbptt.tree import LaneDims, Tree, differentiable, tensors
+from tbptt.model import find_lane_dims, initial_state
+from tbptt.tree import LaneDims, Tree, detach, differentiable
+from tbptt.unroll import state_at_reset
 from tbptt.window import Window
 
 __all__ = ["LocalRule"]
 
-_APART = 1e-3
-"""The relative distance beyond which a step is not unit by unit: far above rounding."""
-_PROBES = 4
-"""Random states and inputs that are tried, in each lane."""
 _PURPOSE = 0x4C4F43414C
 """Keeps the feedback weights apart from all else that is drawn from a seed."""
 
@@ -48,7 +48,6 @@ class LocalRule(ForwardMode):
 
     kind: ClassVar[str] = "biased"
     stepwise: ClassVar[bool] = True
-    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ForwardMode.__post_init__(self)
@@ -60,97 +59,118 @@ class LocalRule(ForwardMode):
             )
 
     @abstractmethod
-    def local(self, slopes: Tensor, kept: Tensor) -> Tensor:
-        """Return how the numbers of a unit follow from what they were. Shape (B, N, L, L).
+    def local(self, units: Units, step: LaneSegment, draws: int) -> tuple[Units, Tensor]:
+        """Return what is known of the units now, and how their numbers follow from their own. Shape (B, N, L, L).
 
         Args:
-            slopes: their derivatives within the step, of the units that follow themselves; of others nothing that could
-                be used. Shape (B, N, L, L).
-            kept: which those are. Shape (L, L).
+            units: what was known.
+            step: the step, its start tracked.
+            draws: its number.
         """
 
     def begin(self, model: nn.Module, window: Window, dims: LaneDims | None) -> Influence:
-        """Find out what is local to a unit."""
-        found = _Units.found(model, window.inputs, dims)
-        return {"layers": found.layers, "gates": found.gates, "kept": found.kept, "traces": {}}
+        """Find out what is local to a unit, as far as random weights, states and inputs show it."""
+        found, _, _ = find_units(model, window.inputs, dims)
+        return _kept(found) | {"traces": {}}
 
     def limits(self, model: nn.Module, inputs: Tree) -> str:
-        """Return which weights are learned from each step alone; see `Estimator.limits`."""
-        others = _Units.found(model, inputs, find_lane_dims(model, inputs)).others
-        return f"{', '.join(others)}: learned from each step alone, as their rows are no units" if others else ""
+        """Return which weights are learned from each step alone, and what is left out; see `Estimator.limits`."""
+        units, others, places = find_units(model, inputs, find_lane_dims(model, inputs))
+        said = [f"{', '.join(others)}: learned from each step alone, as their rows are no units"] if others else []
+        left_out = self.left_out(units, places)
+        return "; ".join([*said, left_out] if left_out else said)
+
+    @abstractmethod
+    def left_out(self, units: Units, places: Sequence[str]) -> str:
+        """Return which ways from the state to itself are not followed, in words.
+
+        Args:
+            units: what is known of them.
+            places: the names of the state's tensors.
+        """
 
     def made_of(
         self, made: Sequence[LaneSegment], influence: Influence, draws: int
     ) -> tuple[dict[str, Tensor], list[Tensor], Influence]:
         """Return what each step alone gives, and what arrives at its end along the traces of before."""
-        del draws  # nothing is drawn from step to step
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-        for each in made:
-            old, news = self._followed(influence, each)
+        for index, each in enumerate(made):
+            units, before = _started(influence, each, draws + index)
+            units, news, _ = rows_driven(units, each, draws + index)
+            old: dict[str, Tensor] = {}
+            if before and each.segment.start is not None:
+                units, own = self.local(units, each, draws + index)
+                old = {name: torch.einsum("bnlm,bmgnr->blgnr", own.to(t.dtype), t) for name, t in before.items()}
+                old = {name: trace for name, trace in old.items() if name in units.gates}
             traces = dict(old)
             add_to(traces, news)
             if each.shared is not None and each.shared.loss is not None:
-                direct, arrived = self._of_the_step(each, each.shared)
+                direct, arrived = self._of_the_step(each, each.shared, units)
                 if self.feedback == "random":
-                    along = _along(traces, arrived, influence["layers"])
+                    along = _along(traces, arrived, units.layers)
                     direct = {name: value for name, value in direct.items() if name not in along}
                 else:
-                    along = _along(old, arrived, influence["layers"])
+                    along = _along(old, arrived, units.layers)
                     norms = [arrived.norm()]
                 add_to(sums, direct)
                 add_to(sums, along)
-            influence = influence | {"traces": traces}
+            influence = _kept(units) | {"traces": traces}
         return sums, norms, influence
 
-    def _followed(self, influence: Influence, segment: LaneSegment) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the influence that is left of before, and that of the step. (B, L, G, N, r) each, by name."""
-        end, layers = segment.end, int(influence["layers"])
-        seeds = _layer_seeds(end, layers, None)
-        pulled = [segment.pulled(seed) for seed in seeds]
-        news: dict[str, Tensor] = {}
-        for name, gates in influence["gates"].items():
-            rows = [found.get(name) for found, _ in pulled]
-            like = next((row for row in rows if row is not None), None)
-            if like is not None:
-                parts = torch.stack([torch.zeros_like(like) if row is None else row for row in rows], 1)
-                news[name] = parts.view(len(end), layers, gates, end.shape[1] // layers, -1)
-        starts = [start for _, start in pulled if start is not None]
-        old: dict[str, Tensor] = {}
-        if starts and influence["traces"]:
-            by_unit = [each.view(len(end), layers, -1).transpose(1, 2) for each in starts]
-            slopes = torch.stack(by_unit, 2)  # (B, N, L, L)
-            own = self.local(slopes, influence["kept"])
-            for name, trace in influence["traces"].items():
-                old[name] = torch.einsum("bnlm,bmgnr->blgnr", own.to(trace.dtype), trace)
-        return old, news
+    def _run(self, run: Run, lanes: PerLane, window: Window) -> list[LaneSegment]:
+        """Run the window step by step, each from a start that is held still: a lane's initial state is one, too."""
+        state, dims = run.carry.state, run.carry.dims
+        weights, made = list(lanes.weights.values()), list[LaneSegment]()
+        of_loss = {name: each for name, each in run.trained.items() if name not in lanes.weights}
+        for piece in [window[at : at + 1] for at in range(window.steps)]:
+            start = state
+            begun = torch.ones_like(piece.reset[0]) if state is None else piece.reset[0]
+            initial = None
+            if bool(begun.any()):
+                start = state_at_reset(run.model, piece, 0, state, dims)
+                start = detach(initial_state(run.model, piece.lanes) if start is None else start)
+                initial = initial_segment(run.model, dims)
+                piece = replace(piece, reset=torch.zeros_like(piece.reset))
+            tracked = start is not None
+            segment = Segment.run(lanes, piece, start, dims, track=tracked)
+            shared = run.inject(Segment.run(run.model, piece, start, dims, track=tracked), piece)
+            one = torch.ones_like(run.sums[-1])
+            own = (run.parameters, of_loss, shared, begun, initial)
+            made.append(LaneSegment(segment, run.names, weights, dims, one, *own))
+            state = detach(segment.end)
+        return made
 
-    def _of_the_step(self, segment: LaneSegment, shared: Segment) -> tuple[dict[str, Tensor], Tensor]:
+    def _of_the_step(self, step: LaneSegment, shared: Segment, units: Units) -> tuple[dict[str, Tensor], Tensor]:
         """Return a step's gradients of its summed losses by the weights, and what arrives at its end, (B, S).
 
         Raises:
-            CapabilityError: the losses do not depend on the state that is returned.
+            CapabilityError: the losses do not depend on the state that is returned, or on that before as well.
         """
-        assert shared.loss is not None
-        own = cast(
-            "Sequence[Tensor | None]",
-            torch.autograd.grad(shared.loss, list(segment.parameters), retain_graph=True, allow_unused=True),
-        )
-        direct = {name: each for name, each in zip(segment.names, own, strict=True) if each is not None}
+        loss, ends, starts = shared.loss, differentiable(shared.end), differentiable(shared.start)
+        assert loss is not None
+        names, weights = [*step.names, *step.of_loss], [*step.parameters, *step.of_loss.values()]
+        inputs, held, nothing = [*weights, *starts], list[Tensor | None](ends), [None] * len(ends)
+        found, _ = stopped_at(nothing, loss, torch.ones_like(loss), inputs)
+        check_dense(names, found[: len(names)])
+        direct = {name: each for name, each in zip(names, found, strict=False) if each is not None}
+        if step.initial is not None and step.begun is not None:
+            add_to(direct, _from_the_start(step, step.initial, step.begun, found[len(names) :], units))
         if self.feedback == "random":
             outputs = differentiable(shared.outputs)
-            errors = torch.autograd.grad(shared.loss, outputs, retain_graph=True, allow_unused=True)
-            return direct, self._broadcast(list(errors), outputs, segment.end)
-        ends = differentiable(shared.end)
-        arrived = _arrived_at(ends, shared.loss, segment.parameters)
-        if all(each is None for each in arrived):
+            errors = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+            return direct, self._broadcast(list(errors), outputs, step.end)
+        beyond, arrived = stopped_at(held, loss, torch.ones_like(loss), inputs)
+        past = any(each is not None and bool((each.abs() > 0).any()) for each in beyond[len(names) :])
+        if past or all(each is None for each in arrived):
+            how = "depend on the state before the step in another way" if past else "do not depend on it"
             raise CapabilityError(
-                "outputs made of the state that is returned were expected, but the losses do not depend on it: what "
-                "arrives at the state cannot be seen. nn.RNN, nn.GRU and nn.LSTM return copies",
-                fix="tbptt.scan(cell) of a cell that makes its outputs of the very state that it returns; or "
-                'feedback="random"',
+                f"outputs made of the state that is returned were expected, but the losses {how}: what arrives at the "
+                "state cannot be seen. nn.RNN, nn.GRU and nn.LSTM return copies",
+                fix="tbptt.scan(cell) of a cell that makes its outputs of the very state that it returns, and returns "
+                'what else they are made of, such as spikes; or feedback="random"',
             )
-        return direct, segment.rows(shared.end, arrived)
+        return direct, step.rows(shared.end, arrived)
 
     def _broadcast(self, errors: Gradients, outputs: Sequence[Tensor], like: Tensor) -> Tensor:
         """Return the errors of the outputs, times fixed random weights. Shape (B, S)."""
@@ -161,114 +181,38 @@ class LocalRule(ForwardMode):
         return (joined @ weights).to(like.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """What a model's units are.
+def _kept(units: Units) -> Influence:
+    return {"layers": units.layers, "gates": dict(units.gates), "kept": units.kept}
 
-    Args:
-        layers: tensors of the state, L; each has a number for each unit.
-        gates: of each weight whose rows are units, how many rows a unit has, G; by name.
-        kept: which tensors' numbers follow from which, each unit from itself alone. Shape (L, L).
-        others: the weights that reach the state, and whose rows are no units.
+
+def _started(influence: Influence, step: LaneSegment, draws: int) -> tuple[Units, dict[str, Tensor]]:
+    """Return what is known of the units, and the traces at the start of a step, (B, L, G, N, r) each, by name.
+
+    In lanes that begin at it they are what the weights are to the initial state: nothing, unless that is learned.
     """
-
-    layers: int
-    gates: dict[str, int]
-    kept: Tensor
-    others: tuple[str, ...]
-
-    @staticmethod
-    def found(model: nn.Module, inputs: Tree, dims: LaneDims | None) -> _Units:
-        """Find them out by derivatives at random states and inputs; nothing remains in the model.
-
-        Raises:
-            CapabilityError: a state whose tensors are not of one size, or a model that takes no single steps.
-        """
-        check_single_steps(model, inputs)
-        parameters = trainable_parameters(model)
-        units: _Units | None = None
-        with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
-            torch.manual_seed(0)
-            for index in range(_PROBES):
-                segment = tried_step(model, inputs, index % tensors(inputs)[0].shape[0], dims, moved=True)
-                units = _Units._at(segment, parameters, _count_layers(segment.segment.end, segment.end), units)
-        assert units is not None
-        return units
-
-    @staticmethod
-    def _at(segment: LaneSegment, parameters: Mapping[str, Tensor], layers: int, before: _Units | None) -> _Units:
-        end = segment.end
-        size = end.shape[1] // layers
-        scale = 1.0 + torch.rand(size, dtype=end.dtype, device=end.device)  # tells units apart
-        kept = (
-            torch.ones(layers, layers, dtype=torch.bool, device=end.device) if before is None else before.kept.clone()
-        )
-        gates = {
-            name: each.shape[0] // size for name, each in parameters.items() if each.ndim and not each.shape[0] % size
-        }
-        gates = gates if before is None else dict(before.gates)
-        reached = set() if before is None else {*before.gates, *before.others}
-        plain, other = _layer_seeds(end, layers, None), _layer_seeds(end, layers, scale)
-        for layer in range(layers):
-            ones, start = segment.pulled(plain[layer])
-            scaled, moved = segment.pulled(other[layer])
-            assert start is not None
-            assert moved is not None
-            for source, (a, b) in enumerate(zip(start.chunk(layers, 1), moved.chunk(layers, 1), strict=True)):
-                kept[layer, source] &= _near(b, a * scale)
-            for name, value in ones.items():
-                reached.add(name)
-                if name in gates:
-                    rows, wanted = (each.view(len(end), gates[name], size, -1) for each in (scaled[name], value))
-                    if not _near(rows, wanted * scale[:, None]):
-                        del gates[name]
-        own = {name: count for name, count in gates.items() if name in reached}
-        return _Units(layers, own, kept, tuple(name for name in parameters if name in reached and name not in own))
+    units, traces = Units(influence["layers"], influence["gates"], influence["kept"]), influence["traces"]
+    begun = step.begun
+    if begun is None or not bool(begun.any()):
+        return units, traces
+    fresh: dict[str, Tensor] = {}
+    if step.initial is not None:
+        units, fresh, _ = rows_driven(units, step.initial, draws)
+    chosen = begun.view(-1, 1, 1, 1, 1)
+    names = [name for name in {**traces, **fresh} if name in units.gates]
+    return units, {
+        name: torch.where(chosen, fresh.get(name, 0.0), traces.get(name, 0.0)).expand(len(begun), -1, -1, -1, -1)
+        for name in names
+    }
 
 
-def _count_layers(state: Tree, rows: Tensor) -> int:
-    layers = len(differentiable(state))
-    sizes = {leaf.numel() for leaf in differentiable(state)}
-    if len(sizes) > 1 or any(leaf.is_complex() for leaf in differentiable(state)):
-        raise CapabilityError(
-            "a state of real tensors with one number for each unit was expected, but they are of several sizes, or "
-            "complex: it cannot be told which numbers are of one unit",
-            fix="UORO(k1), which takes any model; or ElementwiseRTRL(k1), where the recurrence is element-wise",
-        )
-    assert rows.shape[1] % layers == 0
-    return layers
-
-
-def _layer_seeds(like: Tensor, layers: int, scale: Tensor | None) -> list[Tensor]:
-    """Return gradients of the end state that are 1, or `scale`, (N,), at one of its tensors. L of shape (B, S)."""
-    found: list[Tensor] = []
-    for layer in range(layers):
-        seed = torch.zeros_like(like)
-        part = seed.chunk(layers, 1)[layer]
-        part.copy_(torch.ones_like(part) if scale is None else scale.expand_as(part))
-        found.append(seed)
-    return found
-
-
-def _arrived_at(ends: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
-    """Return the gradient of a loss with respect to each tensor of the state after a step, the others held still.
-
-    One of them may be made of another, as spikes are of potentials: the gradient stops at the first that it comes to,
-    as influence on that is followed by itself.
-    """
-    found: dict[int, Tensor] = {}
-
-    def stop(index: int, gradient: Tensor) -> Tensor:
-        found[index] = gradient
-        return torch.zeros_like(gradient)
-
-    hooks = [leaf.register_hook(partial(stop, index)) for index, leaf in enumerate(ends) if leaf.requires_grad]
-    try:
-        torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [found.get(index) for index in range(len(ends))]
+def _from_the_start(
+    step: LaneSegment, initial: LaneSegment, begun: Tensor, arrived: Gradients, units: Units
+) -> dict[str, Tensor]:
+    """Return what the weights of the initial state that are learned from each step alone get in lanes that begin."""
+    assert step.shared is not None
+    rows = step.rows(step.shared.start, arrived) * begun[:, None]
+    found, _ = initial.pulled(rows.sum(0, keepdim=True))
+    return {name: each for name, each in found.items() if name not in units.gates}
 
 
 def _along(traces: Mapping[str, Tensor], arrived: Tensor, layers: int) -> dict[str, Tensor]:
@@ -277,7 +221,3 @@ def _along(traces: Mapping[str, Tensor], arrived: Tensor, layers: int) -> dict[s
     return {
         name: torch.einsum("bln,blgnr->gnr", own.to(trace.dtype), trace).flatten() for name, trace in traces.items()
     }
-
-
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).norm() <= _APART * wanted.norm())

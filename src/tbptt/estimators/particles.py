@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import TbpttError
+from tbptt.estimators.base import by_owner
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was, random_from, random_states, with_parameters
 from tbptt.tree import LaneDims, Tree, replace_tensors, tensors
 from tbptt.unroll import unroll
+from tbptt.weights import UsesOf, in_place
 from tbptt.window import Window
 
 __all__ = ["Noise", "Particles", "States", "draw_noise"]
@@ -69,7 +72,8 @@ class Particles:
     Args:
         model: the model.
         loss: of its outputs.
-        parameters: the weights that are perturbed, by name.
+        parameters: the weights that are perturbed, the model's and the loss's own, by the names of
+            `Estimate.all_gradients`.
         dims: the lane dimension of each tensor of the model's state.
     """
 
@@ -102,30 +106,51 @@ class Particles:
     def obstacle(self, noise: Noise, window: Window, common: Tree | None) -> str:
         """Return why the particles cannot be run side by side, found out with one pair; empty if they can.
 
-        What torch would only do particle by particle, inside, counts as an obstacle.
+        What torch would only do particle by particle, inside, counts as an obstacle; and so do weights that are reached
+        in another way than as attributes, such as by a list or a closure: side by side these would not be perturbed.
 
         Raises:
             TbpttError: the model or the loss does not do what is asked of it, side by side or not.
         """
         pair = {name: each[:1] for name, each in noise.items()}
+        used = UsesOf(self.parameters)
         with fork_random(window.mask.device), left_as_it_was(self.model), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*performance drop")
             try:
-                _, own = self._side_by_side(pair, window, None, common)
-                self._side_by_side(pair, window, own, common)  # a model may do other things once it has a state
+                _, own = self._side_by_side(pair, window, None, common, used)
+                self._side_by_side(pair, window, own, common, used)  # a model may do other things once it has a state
             except (TbpttError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever torch, the model or the loss says to being vectorised
                 return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if used.names:
+            return (
+                f"{', '.join(sorted(used.names))} would not be perturbed, as the model reaches it not as an attribute"
+            )
         return ""
 
     def _side_by_side(
-        self, noise: Noise, window: Window, own: States | None, common: Tree | None
+        self,
+        noise: Noise,
+        window: Window,
+        own: States | None,
+        common: Tree | None,
+        around: AbstractContextManager[object] | None = None,
     ) -> tuple[Tensor, States]:
         shape_of: list[Tree] = []  # the state's containers, and whatever in them is no tensor
 
         def one(weights: dict[str, Tensor], leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            losses, end = self._one(weights, window, common if own is None else replace_tensors(own[0], leaves))
+            begin = common if own is None else replace_tensors(own[0], leaves)
+            of_model, of_loss = by_owner(weights)
+
+            def run() -> tuple[Tensor, Tree]:
+                return self._one(window, begin)
+
+            def with_model() -> tuple[Tensor, Tree]:
+                return with_parameters(self.model, of_model, run)
+
+            loss = self.loss.module
+            losses, end = with_parameters(loss, of_loss, with_model) if loss is not None and of_loss else with_model()
             shape_of[:] = [end]
             return losses, tensors(end)
 
@@ -134,7 +159,8 @@ class Particles:
             for name, value in self.parameters.items()
         }
         before = [] if own is None else tensors(own[0])
-        losses, after = torch.func.vmap(one, randomness="same")(weights, before)
+        with around or nullcontext():
+            losses, after = torch.func.vmap(one, randomness="same")(weights, before)
         return losses, (replace_tensors(shape_of[0], after),)
 
     def _one_by_one(
@@ -149,17 +175,17 @@ class Particles:
                 for name, value in self.parameters.items()
             }
             weights = {name: value.to(self.parameters[name].dtype) for name, value in weights.items()}
-            with random_from(random, window.mask.device), left_as_it_was(self.model):
-                found, end = self._one(weights, window, common if own is None else own[index])
+            with (
+                random_from(random, window.mask.device),
+                left_as_it_was(self.model),
+                in_place(self.parameters.values(), weights.values()),
+            ):
+                found, end = self._one(window, common if own is None else own[index])
             losses.append(found)
             after.append(end)
         return torch.stack(losses), tuple(after)
 
-    def _one(self, weights: dict[str, Tensor], window: Window, begin: Tree | None) -> tuple[Tensor, Tree]:
-        """Run one particle; return its losses, (T, B), and its state."""
-
-        def run() -> tuple[Tensor, Tree]:
-            outputs, end = unroll(self.model, window, begin, self.dims)
-            return self.loss.by_step(outputs, window)[0], end
-
-        return with_parameters(self.model, weights, run)
+    def _one(self, window: Window, begin: Tree | None) -> tuple[Tensor, Tree]:
+        """Run one particle, its weights in place; return its losses, (T, B), and its state."""
+        outputs, end = unroll(self.model, window, begin, self.dims)
+        return self.loss.by_step(outputs, window)[0], end

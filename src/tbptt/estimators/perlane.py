@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tbptt.errors import CapabilityError, TbpttError
 from tbptt.estimators.rows import known_dims
 from tbptt.model import check_outputs, fork_random, initial_state, left_as_it_was, split_result, with_parameters
-from tbptt.tree import LaneDims, Tree, replace_tensors, tensors, time_slice, tree_map
+from tbptt.tree import LaneDims, Tree, detach, differentiable, replace_tensors, tensors, time_slice, tree_map
 
 __all__ = ["PerLane", "check_single_steps"]
 
@@ -126,9 +126,13 @@ class PerLane(nn.Module):
         with fork_random(device), left_as_it_was(self.held[0]), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*performance drop")
             try:
-                with torch.no_grad():
+                with torch.enable_grad():
                     _, end = self._side_by_side(inputs, state)
-                    self._side_by_side(inputs, end)  # a model may do other things once it has a state
+                    outputs, end = self._side_by_side(inputs, detach(end))  # a model may do other things with a state
+                    roots = [each for each in differentiable([outputs, end]) if each.requires_grad]
+                    if roots:  # what is computed anew on the way back, as by checkpointing, knows of no lanes
+                        ones = [torch.ones_like(each) for each in roots]
+                        torch.autograd.grad(roots, list(self.weights.values()), ones, allow_unused=True)
             except (TbpttError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever torch or the model says to being vectorised

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
+from tbptt.estimators.gradients import Gradients
 from tbptt.estimators.particles import Noise, Particles, States, draw_noise
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Gradients, Pulled
+from tbptt.estimators.segments import Pulled
 from tbptt.length.base import check_seed, check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable, trainable_parameters
@@ -175,7 +176,8 @@ class ParticleCarry:
 class Perturbation(Estimator):
     """What `TruncatedES`, `PES` and `ESSingle` have in common; see there.
 
-    The gradient of a parameter that no loss depends on is noise as well, and 0 in the mean only. `Estimate.lookback` is
+    The gradient of a parameter that no loss depends on is noise as well, and 0 in the mean only. A loss's own
+    parameters are perturbed with the model's: all gradients are those of the same smoothed loss. `Estimate.lookback` is
     0, as nothing is back-propagated.
 
     Raises:
@@ -263,8 +265,7 @@ class Perturbation(Estimator):
             CapabilityError: a model that does not return (outputs, state), or that cannot be vectorised and must be.
             ConfigError: the carry belongs to other settings or weights.
         """
-        check_steps_of(window, self.k1, f"stream.windows({self.k1}), or k1={window.steps}")
-        check_lanes_of(window, carry.lanes)
+        check_window(window, carry.mean, self.k1, f"stream.windows({self.k1}), or k1={window.steps}")
         with torch.no_grad():
             carry = replace(carry, mean=carry.mean.with_dims(model, window))
             flight = _Flight(self, model, StepLoss.of(loss), carry, window)
@@ -281,7 +282,7 @@ class _Flight:
     ) -> None:
         self.setting, self.carry, self.window = setting, carry, window
         self.run = Run(model, loss, carry.mean, keep_outputs=setting.keep_outputs)
-        self.parameters = dict(zip(self.run.names, self.run.parameters, strict=True))
+        self.parameters = self.run.trained
         self.particles = Particles(model, loss, self.parameters, carry.mean.dims)
         self.course = self._taken_up(carry.course)
         self.state, self.own = carry.state, carry.particles or None
@@ -292,7 +293,8 @@ class _Flight:
     def _taken_up(self, course: Course) -> Course:
         """Return the course as the last window left it, with its noise."""
         setting = self.setting
-        about = f"{setting.num_particles} {setting.sigma} {setting.seed} {setting.vectorize} {','.join(self.run.names)}"
+        names = ",".join(self.parameters)
+        about = f"{setting.num_particles} {setting.sigma} {setting.seed} {setting.vectorize} {names}"
         if not setting.own_states:
             course = course.ended([True] * len(course.begun))
         if not course.in_flight:
@@ -360,7 +362,7 @@ class _Flight:
         scale = 1 / (setting.num_particles * setting.sigma**2 * counted.weight)
         gradients: Gradients = [
             None if each is None else (each * scale).to(parameter.dtype)
-            for each, parameter in zip(self.sums, self.run.parameters, strict=True)
+            for each, parameter in zip(self.sums, self.run.asked, strict=True)
         ]
         return self.run.estimate(Pulled(gradients, []), counted, 0, metrics=metrics)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
+from tbptt.estimators.gradients import gradients_of
 from tbptt.estimators.predictor import Predictor
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.segments import Segment
@@ -54,8 +55,8 @@ def learned(predictor: Predictor, weights: Mapping[str, Tensor], rows: Tensor, e
     with torch.enable_grad():
         predicted = predictor(rows)
     seeds = errors / -len(errors)
-    found = torch.autograd.grad(predicted, list(weights.values()), seeds, materialize_grads=True)
-    return dict(zip(weights, found, strict=True))
+    found = gradients_of([predicted], [seeds], list(weights.values()))
+    return {name: each for name, each in zip(weights, found, strict=True) if each is not None}
 
 
 def learned_with(trace: Tensor, weights: Mapping[str, Tensor], errors: Tensor) -> dict[str, Tensor]:
@@ -136,6 +137,14 @@ def _by_lane(predictor: Predictor, weights: Mapping[str, Tensor], rows: Tensor) 
             f"({str(error).splitlines()[0]})",
             fix="lambda_=0, or a predictor without batch normalisation and dropout",
         ) from error
+    missed = gradients_of([predicted], [torch.ones_like(predicted)], list(weights.values()), keep=True)
+    names = [name for name, each in zip(weights, missed, strict=True) if each is not None]
+    if names:
+        raise CapabilityError(
+            f"a predictor that uses its weights as attributes was expected, for traces, but {', '.join(names)} came in "
+            "another way, such as by a list or a closure: each lane is given copies of them, which are not reached so",
+            fix="self.weight where it is needed; or lambda_=0, which keeps no traces",
+        )
     each_row = [
         torch.autograd.grad(column.sum(), list(own.values()), retain_graph=True, materialize_grads=True)
         for column in predicted.unbind(1)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.curve import interpolated, lag_grid
+from tbptt.estimators.gradients import Gradients, add, numbers_of, scaled
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Gradients, Segment, add, lane_norms, scaled, walk_back
+from tbptt.estimators.segments import Segment, lane_norms, walk_back
 from tbptt.loss import StepLoss
 from tbptt.model import fork_random, left_as_it_was, trainable_parameters
 from tbptt.pathways import in_segments
@@ -132,6 +133,7 @@ def run_chain(
     Returns:
         The segments, oldest first, and the step at which each begins.
     """
+    loss.by_single_steps("a probe of single losses, as Adaptive lengths, Lags and horizon.measure make")
     news = 0 if past is None else past.window.steps
     whole = window if past is None else Window.join([past.window, window.without_targets()])
     state = None if past is None else past.state
@@ -201,7 +203,9 @@ def _by_lookback(added: dict[int, Gradients], lags: Sequence[int], tried: int) -
 
 
 def _norm(gradients: Gradients) -> Tensor:
-    found = [torch.linalg.vector_norm(each.detach()).double().cpu() for each in gradients if each is not None]
+    found = [
+        torch.linalg.vector_norm(numbers_of(each.detach())).double().cpu() for each in gradients if each is not None
+    ]
     return torch.linalg.vector_norm(torch.stack(found)) if found else torch.zeros((), dtype=torch.float64)
 
 

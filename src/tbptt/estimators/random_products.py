@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["balance", "norms_of", "signs"]
+__all__ = ["balance", "norms_of", "signs", "spread"]
 
 _PURPOSE = 0x554F524F
 """Keeps these signs apart from all else that is drawn from a seed and a number, such as the data of a stream."""
@@ -23,6 +23,18 @@ def signs(about: tuple[int, ...], like: Tensor) -> Tensor:
         like: of the wanted shape, type and device.
     """
     drawn = np.random.default_rng((*about, _PURPOSE)).integers(0, 2, tuple(like.shape)) * 2 - 1
+    return torch.from_numpy(drawn).to(dtype=like.dtype, device=like.device)
+
+
+def spread(about: tuple[int, ...], size: int, like: Tensor) -> Tensor:
+    """Return as many random factors between 1 and 2, which tell numbers apart: the same on every machine and device.
+
+    Args:
+        about: what tells this draw from others.
+        size: how many.
+        like: of the wanted type and device.
+    """
+    drawn = np.random.default_rng(about).uniform(1.0, 2.0, size)
     return torch.from_numpy(drawn).to(dtype=like.dtype, device=like.device)
 
 

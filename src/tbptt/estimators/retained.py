@@ -5,7 +5,8 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.estimators.segments import Segment
-from tbptt.model import random_from, random_states, with_parameters
+from tbptt.model import random_from, random_states, trainable_parameters
 from tbptt.tree import LaneDims, Tree, detach, differentiable
+from tbptt.weights import KeptWeights
 from tbptt.window import Window
 
 __all__ = ["RetainedSegment", "kept_for", "newest"]
@@ -24,21 +26,21 @@ __all__ = ["RetainedSegment", "kept_for", "newest"]
 class RetainedSegment:
     """A segment that outlives the update: it remembers the weights it was run with.
 
-    Its graph is built on copies of the weights, so that an optimizer may change the originals in place. It
-    can also be rebuilt, from its steps, its start state, those copies and the state of the random generator:
-    to be cut at a place not foreseen, or after a restart.
+    Its graph holds copies of the weights, so that an optimizer may change the originals in place. It can also be
+    rebuilt, from its steps, its start state, those copies and the state of the random generator: to be cut at a place
+    not foreseen, or after a restart.
 
     Args:
         window: its steps, without targets.
         begin: the state before them, detached; None for the model's initial state.
-        weights: the copies of the parameters, by name, that require a gradient.
+        weights: the copies of the parameters that require a gradient.
         random: the states of the random generators before the first step.
         live: its graph, if it is built.
     """
 
     window: Window
     begin: Tree | None
-    weights: dict[str, Tensor]
+    weights: KeptWeights
     random: list[Tensor]
     live: Segment | None = None
 
@@ -49,27 +51,35 @@ class RetainedSegment:
 
     @staticmethod
     def run(
-        model: nn.Module, window: Window, begin: Tree | None, weights: dict[str, Tensor], dims: LaneDims | None
+        model: nn.Module, window: Window, begin: Tree | None, weights: KeptWeights, dims: LaneDims | None
     ) -> RetainedSegment:
-        """Run `model` with `weights` over `window` from `begin`."""
+        """Run `model`, which has these weights, over `window` from `begin`."""
         random = random_states(window.mask.device)
-        live = with_parameters(model, weights, lambda: Segment.run(model, window, begin, dims, track=begin is not None))
-        return RetainedSegment(window.without_targets(), begin, weights, random, live)
+        with weights.recording():
+            live = Segment.run(model, window, begin, dims, track=begin is not None)
+        return RetainedSegment(window.without_targets(), begin, weights, random, replace(live, weights=weights))
 
     def built(self, model: nn.Module, dims: LaneDims | None) -> RetainedSegment:
-        """Return the segment with its graph, run again if it is not there."""
-        if self.live is not None:
+        """Return the segment with its graph, run again if it is not there, or leads to another model's parameters."""
+        if self.live is not None and self.weights.fits(trainable_parameters(model)):
             return self
-        with random_from(self.random, self.window.mask.device):
-            return RetainedSegment.run(model, self.window, self.begin, self.weights, dims)
+        with self._as_then(model) as weights:
+            return RetainedSegment.run(model, self.window, self.begin, weights, dims)
 
     def split(self, model: nn.Module, step: int, dims: LaneDims | None) -> tuple[RetainedSegment, RetainedSegment]:
         """Return the segment as two, cut before `step`; both are run again."""
-        with random_from(self.random, self.window.mask.device):
-            old = RetainedSegment.run(model, self.window[:step], self.begin, self.weights, dims)
+        with self._as_then(model) as weights:
+            old = RetainedSegment.run(model, self.window[:step], self.begin, weights, dims)
             assert old.live is not None
-            new = RetainedSegment.run(model, self.window[step:], detach(old.live.end), self.weights, dims)
+            new = RetainedSegment.run(model, self.window[step:], detach(old.live.end), weights, dims)
         return old, new
+
+    @contextmanager
+    def _as_then(self, model: nn.Module) -> Generator[KeptWeights]:
+        """Let the model have the weights, and the generators the states, that they had then."""
+        weights = self.weights.bound_to(trainable_parameters(model))
+        with random_from(self.random, self.window.mask.device), weights.in_place():
+            yield weights
 
     def past(self) -> RetainedSegment:
         """Return the segment as later updates see it: its losses have been injected, once."""
@@ -84,15 +94,16 @@ class RetainedSegment:
         return {
             "window": self.window.state_dict(),
             "begin": self.begin,
-            "weights": {name: value.detach() for name, value in self.weights.items()},
+            "weights": self.weights.values,
             "random": self.random,
         }
 
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> RetainedSegment:
         """Return what `state_dict` described, asleep."""
-        weights = {name: value.detach().clone().requires_grad_() for name, value in state["weights"].items()}
-        return RetainedSegment(Window(**state["window"]), state["begin"], weights, state["random"])
+        return RetainedSegment(
+            Window(**state["window"]), state["begin"], KeptWeights(dict(state["weights"])), state["random"]
+        )
 
 
 def newest(

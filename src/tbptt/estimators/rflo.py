@@ -5,15 +5,17 @@ Letters: B lanes, N units.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.forward_mode import Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.local_rules import LocalRule
+from tbptt.estimators.units import Units
 from tbptt.tree import LaneDims
 from tbptt.window import Window
 
@@ -43,9 +45,10 @@ class RFLO(LocalRule):
         ConfigError: a setting that cannot be meant.
 
     Exactness: biased: what goes round by other units is left out, and the slope of phi in the unit's own past. Equal to
-        `TBPTT(1, 1)` without a leak (tests/estimators/test_local_rules.py). Weights whose rows are no units, such as an
-        embedding, are learned from each step alone.
-    Cost: a step run twice, and three times back; B P numbers.
+        `TBPTT(1, 1)` without a leak (tests/estimators/test_local_rules.py), and to the published recursion
+        (tests/estimators/test_published_traces.py); a learned initial state is carried on by it like any influence.
+        Weights whose rows are no units, such as an embedding, are learned from each step alone.
+    Cost: a step run twice, and four times back; B P numbers.
     Reference: Murray (2019), doi:10.7554/eLife.43299.
 
     Example:
@@ -84,8 +87,13 @@ class RFLO(LocalRule):
             )
         return found
 
-    def local(self, slopes: Tensor, kept: Tensor) -> Tensor:
-        """Return 1 - leak, whatever else a unit's state depends on; 0 in a lane that starts anew."""
-        del kept  # the leak says it all
-        alive = slopes.flatten(1).any(1)
-        return torch.full_like(slopes, 1.0 - self.leak) * alive[:, None, None, None]
+    def local(self, units: Units, step: LaneSegment, draws: int) -> tuple[Units, Tensor]:
+        """Return 1 - leak, whatever else a unit's state depends on."""
+        del draws  # nothing is tried
+        end = step.end
+        return units, end.new_full((*end.shape, 1, 1), 1.0 - self.leak)
+
+    def left_out(self, units: Units, places: Sequence[str]) -> str:
+        """Return nothing: the leak alone is followed, as the method says of itself."""
+        del units, places  # whatever they are
+        return ""

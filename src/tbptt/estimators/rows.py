@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tbptt.errors import CapabilityError
-from tbptt.estimators.segments import Gradients
+from tbptt.estimators.gradients import Gradients
 from tbptt.tree import LaneDims, Tree, as_complex, as_real, differentiable, tensors
 
 __all__ = ["cotangent_of", "known_dims", "rows_of"]

@@ -11,7 +11,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment, check_size
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence, check_size
+from tbptt.estimators.lane_segment import LaneSegment
 
 __all__ = ["RTRL"]
 

@@ -6,16 +6,19 @@ Letters: T time, B lanes, K boundaries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.base import Estimate
+from tbptt.coupling import refuse_coupled
+from tbptt.errors import CapabilityError
+from tbptt.estimators.base import LOSS_PREFIX, Estimate, by_owner
 from tbptt.estimators.carry import ChainCarry
+from tbptt.estimators.gradients import after_hooks, own
 from tbptt.estimators.history import Stretch
-from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, own, pass_on, pull_back
+from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, pass_on, pull_back
 from tbptt.loss import Counted, StepLoss, Summed
 from tbptt.model import trainable_parameters
 from tbptt.tree import Tree, detach, time_cat
@@ -31,8 +34,10 @@ class Run:
     """The model run over a window and what lies before it, its losses counted.
 
     Attributes:
-        names: of the parameters that are trained.
+        names: of the model's parameters that are trained.
         parameters: these.
+        trained: they and the loss's own, by the names of `Estimate.all_gradients`.
+        asked: all of these, as autograd is asked about them.
         outputs: of the window's pieces, detached; empty unless they are to be kept.
         sums: of the pieces' losses, 0-dim each.
         counted: the targets in them.
@@ -41,22 +46,25 @@ class Run:
 
     def __init__(self, model: nn.Module, loss: StepLoss, carry: ChainCarry, *, keep_outputs: bool) -> None:
         self.model, self.loss, self.carry, self.keep_outputs = model, loss, carry, keep_outputs
-        self.names, self.parameters = zip(*trainable_parameters(model).items(), strict=True)
+        self.trained = trainable_parameters(model)
+        self.names, self.parameters = zip(*self.trained.items(), strict=True)
+        self.trained |= {LOSS_PREFIX + name: each for name, each in loss.own_parameters(model).items()}
+        self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.counted = Counted()
+        self.counted, self._like, self._first = Counted(), torch.zeros(()), 0
         self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
         """Run steps whose losses are reported and not learned from; return the state after them."""
         with torch.no_grad():
             outputs, state = unroll(self.model, piece, state, self.carry.dims)
-            self._count(outputs, self.loss.total(outputs, piece))
+            self._count(outputs, self._summed(outputs, piece))
         return state
 
     def inject(self, segment: Segment, piece: Window) -> Segment:
         """Return a segment with the losses of its steps, which are counted."""
-        summed = self.loss.total(segment.outputs, piece)
+        summed = self._summed(segment.outputs, piece)
         self._count(segment.outputs, summed)
         return segment.injecting(summed.total) if summed.counted.num else segment
 
@@ -88,6 +96,15 @@ class Run:
             chain.append(segment)
         return chain, stretches
 
+    def cuts(self, cuts: Iterable[int], news: int) -> list[int]:
+        """Return where segments may begin: not within a window whose losses are to be in one piece.
+
+        Args:
+            cuts: where they would, none of which changes the estimate.
+            news: where the window begins.
+        """
+        return [at for at in cuts if at <= news] if self.loss.whole else list(cuts)
+
     def newest_first(self) -> None:
         """Put what was counted from the newest segment to the oldest into the order of time."""
         self.outputs.reverse()
@@ -95,7 +112,7 @@ class Run:
 
     def weight(self, denominator: float) -> Tensor:
         """Return 1 / denominator in the type of the losses, 0-dim."""
-        return torch.full_like(self.sums[-1], 1 / denominator)
+        return torch.full_like(self._like, 1 / denominator)
 
     def pull(
         self,
@@ -103,7 +120,6 @@ class Run:
         injected: Counted,
         *,
         denominator: float | None = None,
-        parameters: Sequence[Sequence[Tensor]] | None = None,
         keep: bool = False,
         boundary: Boundary = pass_on,
         counts: Callable[[int], bool] = lambda index: True,
@@ -114,16 +130,14 @@ class Run:
             chain: consecutive segments, oldest first.
             injected: the targets of the losses injected into this update.
             denominator: what the sum is divided by instead of their weight; None: by that.
-            parameters: for each segment, those in its graph; None: the model's own.
             keep: whether the graphs will be used again.
             boundary: what becomes of the gradient at each boundary that counts.
             counts: see `pull_back`.
         """
         if not injected:  # sum / count of nothing: no gradient, rather than 0 / 0
-            return Pulled([None] * len(self.names), [])
-        weights = [self.parameters] * len(chain) if parameters is None else parameters
+            return Pulled([None] * len(self.asked), [])
         weight = self.weight(denominator or injected.weight)
-        return pull_back(chain, weights, weight, keep=keep, boundary=boundary, counts=counts)
+        return pull_back(chain, [self.asked] * len(chain), weight, keep=keep, boundary=boundary, counts=counts)
 
     def estimate(
         self,
@@ -135,7 +149,18 @@ class Run:
         metrics: Mapping[str, float] | None = None,
         boundary_lags: tuple[int, ...] = (),
     ) -> Estimate:
-        """Return what came out of all that was run; see `Estimate`."""
+        """Return what came out of all that was run; see `Estimate`.
+
+        Args:
+            pulled: the gradients, in the order of `asked`, before any hooks on parameters.
+            injected: the number of losses injected.
+            lookback: the steps that they were sent back.
+            denominator: what the sum was divided by instead of their number.
+            metrics: whatever else was measured.
+        """
+        gradients, of_loss = after_hooks(self.trained, own(self.trained, pulled.gradients)), dict[str, Tensor]()
+        if len(self.asked) > len(self.names):
+            gradients, of_loss = by_owner(gradients)
         loss_sum = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
         norms = pulled.boundary_norms
         counted, by_term = self.counted, dict[str, float]()
@@ -147,7 +172,8 @@ class Run:
             loss_sum=loss_sum,
             num_terms=counted.num if counted else 0,
             loss_denominator=counted.denominator,
-            gradients=own(self.names, self.parameters, pulled.gradients),
+            gradients=gradients,
+            loss_gradients=of_loss,
             lookback=lookback,
             boundary_norms=torch.stack(norms) if norms else _NONE_CROSSED,
             boundary_lags=boundary_lags if norms else (),
@@ -156,10 +182,27 @@ class Run:
             metrics=by_term | dict(metrics or {}),
         )
 
+    def _summed(self, outputs: Tree, piece: Window) -> Summed:
+        """Return the sum of a piece's losses, the first time after a look at whether they are of single steps."""
+        if self.loss.whole and self.sums:
+            raise CapabilityError(
+                "a window in one piece was expected for a WindowLoss, but the estimator cuts it, into a first piece of "
+                f"{self._first} steps: of each piece it would be another loss",
+                fix="TBPTT(k1, k2) with k2 >= k1, FullBPTT(k1, segment=k1), or a loss of single steps",
+            )
+        summed = self.loss.total(outputs, piece)
+        self._first = piece.steps
+        if summed.counted.num and not self.carry.loss_looked:
+            refuse_coupled(self.loss, outputs, piece, self.model)
+            self.carry.loss_looked = True
+        return summed
+
     def _count(self, outputs: Tree, summed: Summed) -> None:
         if self.keep_outputs:
             self.outputs.append(detach(outputs))
         self.sums.append(summed.total.detach())
+        if summed.counted.num:
+            self._like = self.sums[-1]  # without a target there is no loss that would say its type
         self.counted += summed.counted
         for name, each in summed.terms.items():
             self.terms.setdefault(name, []).append(each)

@@ -11,35 +11,31 @@ Letters: T time, B lanes, K boundaries, P parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tbptt.estimators.gradients import Gradients, add, gradients_of
 from tbptt.tree import LaneDims, Tree, as_leaves, differentiable, tensors
 from tbptt.unroll import unroll
+from tbptt.weights import KeptWeights
 from tbptt.window import Window
 
 __all__ = [
     "Boundary",
     "Chain",
-    "Gradients",
     "Pulled",
     "Segment",
     "Step",
-    "add",
     "lane_norms",
     "norm_of",
-    "own",
     "pass_on",
     "pull_back",
-    "scaled",
     "walk_back",
 ]
-
-Gradients: TypeAlias = list[Tensor | None]
-"""One for each tensor asked about; None where nothing arrived, which is a zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +48,7 @@ class Segment:
         end: the state after, in the graph.
         steps: their number, T.
         loss: the sum of the losses that this segment injects, 0-dim, in the graph; None for none.
+        weights: those that it was run with, where the graph is kept while an optimizer changes them.
     """
 
     outputs: Tree
@@ -59,6 +56,7 @@ class Segment:
     end: Tree
     steps: int
     loss: Tensor | None = None
+    weights: KeptWeights | None = None
 
     @staticmethod
     def run(model: nn.Module, window: Window, start: Tree | None, dims: LaneDims | None, *, track: bool) -> Segment:
@@ -77,7 +75,7 @@ class Segment:
 
     def injecting(self, loss: Tensor) -> Segment:
         """Return the segment with the sum of its losses."""
-        return Segment(self.outputs, self.start, self.end, self.steps, loss)
+        return replace(self, loss=loss)
 
     def vjp(
         self, parameters: Sequence[Tensor], weight: Tensor, cotangent: Gradients, *, start: bool, keep: bool
@@ -95,7 +93,7 @@ class Segment:
         seeds: list[Tensor] = []
         if self.loss is not None and self.loss.requires_grad:
             roots.append(self.loss)
-            seeds.append(weight.to(self.loss.dtype))
+            seeds.append(weight)
         for leaf, gradient in zip(differentiable(self.end), cotangent, strict=True) if cotangent else ():
             if gradient is not None and leaf.requires_grad:
                 roots.append(leaf)
@@ -103,8 +101,9 @@ class Segment:
         before = differentiable(self.start) if start else []
         if not roots or not (parameters or before):
             return [None] * len(parameters), [None] * len(before)
-        found = torch.autograd.grad(roots, [*parameters, *before], seeds, retain_graph=keep, allow_unused=True)
-        return list(found[: len(parameters)]), list(found[len(parameters) :])
+        with nullcontext() if self.weights is None else self.weights.in_place():
+            found = gradients_of(roots, seeds, [*parameters, *before], keep=keep)
+        return found[: len(parameters)], found[len(parameters) :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,39 +220,6 @@ def pull_back(
         if step.index > 0 and counts(step.index):
             norms.append(norm_of(step.cotangent, weight))
     return Pulled(total, norms)
-
-
-def add(left: Gradients, right: Gradients) -> Gradients:
-    """Return the sum of two lists of gradients; the operands stay as they are."""
-    both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
-    sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both else [])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    return [
-        next(sums) if a is not None and b is not None else (b if a is None else a)
-        for a, b in zip(left, right, strict=True)
-    ]
-
-
-def scaled(gradients: Gradients, factor: float) -> Gradients:
-    """Return gradients times a number; the operand stays as it is."""
-    return gradients if factor == 1.0 else [None if each is None else each * factor for each in gradients]
-
-
-def own(names: Sequence[str], parameters: Sequence[Tensor], gradients: Gradients) -> dict[str, Tensor]:
-    """Return gradients by name, zeros for None, each with memory of its own.
-
-    Autograd may hand out one tensor twice (both biases of an LSTM), or an expanded scalar: whoever
-    scales such gradients in place would scale them twice.
-    """
-    seen: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-        if gradient is None:
-            gradient = torch.zeros_like(parameter)
-        elif not gradient.is_contiguous() or gradient.data_ptr() in seen:
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        seen.add(gradient.data_ptr())
-        result[name] = gradient
-    return result
 
 
 def norm_of(cotangent: Gradients, like: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment, check_size
-from tbptt.estimators.sparsity import Pattern, Reached, coloured, probe, seeds_of, seen_in
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence, check_size
+from tbptt.estimators.lane_segment import LaneSegment
+from tbptt.estimators.random_products import spread
+from tbptt.estimators.sparsity import Pattern, Reached, coloured, probe, rounding, seeds_of, seen_in
 from tbptt.length.base import check_whole
-from tbptt.tree import LaneDims, differentiable
+from tbptt.tree import LaneDims
 from tbptt.window import Window
 
 __all__ = ["SnAp"]
@@ -104,7 +105,7 @@ class SnAp(CarriedInfluence):
     def brought_on(self, influence: Influence, segment: LaneSegment, draws: int) -> Influence:
         """Return D J + I where a weight reaches, nothing elsewhere; the pattern first grows by what the step shows."""
         _check(influence, segment)
-        seed = _test_seed(segment.end, draws)
+        seed = spread((draws, _PURPOSE), segment.end.shape[1], segment.end).expand_as(segment.end)
         along, back = segment.pulled(seed)
         news, jacobian = _compressed(influence, segment)
         if _missed(influence, segment, seed[0], along, back, news, jacobian):
@@ -219,12 +220,11 @@ def _missed(
         news: I as the pattern has it.
         jacobian: D as the pattern has it.
     """
-    parts = [*differentiable(segment.segment.end), *segment.weights]
-    rounding = _ROUNDINGS * max(torch.finfo(each.dtype).eps for each in parts)
+    near = _ROUNDINGS * rounding(segment)
 
     def differ(found: Tensor, terms: Tensor) -> bool:
         largest = terms.abs().sum(1).amax(1, keepdim=True)
-        return bool(((found - terms.sum(1)).abs() > rounding * largest).any())
+        return bool(((found - terms.sum(1)).abs() > near * largest).any())
 
     table = _table(influence)
     terms = table.split(seed[table.rows] * news)
@@ -260,9 +260,3 @@ def _colours(groups: list[list[int]], like: Tensor) -> Tensor:
     for colour, group in enumerate(groups):
         found[group] = colour
     return found
-
-
-def _test_seed(end: Tensor, draws: int) -> Tensor:
-    """Return a random gradient of the end state, the same in all lanes. Shape (B, S)."""
-    drawn = np.random.default_rng((draws, _PURPOSE)).uniform(1.0, 2.0, end.shape[1])
-    return torch.from_numpy(drawn).to(end).expand_as(end)

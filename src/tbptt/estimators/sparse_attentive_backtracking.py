@@ -14,9 +14,10 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of
+from tbptt.estimators.carry import ChainCarry, check_window
+from tbptt.estimators.gradients import Gradients
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Boundary, Gradients
+from tbptt.estimators.segments import Boundary
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
@@ -154,8 +155,7 @@ class SparseAttentiveBacktracking(Estimator):
                 or loss of another shape than agreed.
             CapabilityError: a model that does not return (outputs, state), or whose memories are not where it says.
         """
-        check_steps_of(window, self.k1, f"stream.windows({self.k1})")
-        check_lanes_of(window, carry.lanes)
+        check_window(window, carry, self.k1, f"stream.windows({self.k1})")
         carry = carry.for_window(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         lookback = self.lookback or self.k1

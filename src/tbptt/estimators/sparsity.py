@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.forward_mode import LaneSegment
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import PerLane, check_single_steps
 from tbptt.estimators.segments import Segment
 from tbptt.model import fork_random, initial_state, left_as_it_was, trainable_parameters
-from tbptt.tree import LaneDims, Tree, detach, replace_tensors, tensors, time_slice
+from tbptt.tree import LaneDims, Tree, detach, differentiable, replace_tensors, tensors, time_slice
 from tbptt.window import Window
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "initial_segment",
     "moved_at_random",
     "probe",
+    "rounding",
     "seeds_of",
     "seen_in",
     "tried_step",
@@ -205,12 +206,12 @@ def probe(model: nn.Module, window: Window, dims: LaneDims | None, seed: int = 0
     with fork_random(window.mask.device), left_as_it_was(model):
         torch.manual_seed(seed)
         none = torch.zeros(window.lanes, dtype=torch.bool, device=window.mask.device)
-        found, _ = seen_in(tried_step(model, window.inputs, 0, dims, moved=True), none)
+        found, _ = seen_in(tried_step(model, window.inputs, 0, dims, moved=1.0), none)
         first = initial_segment(model, dims)
         if first is not None:
             found = replace(found, starts=seen_in(first, ~none[:1])[1])
         for index in range(1, _PROBES):
-            segment = tried_step(model, window.inputs, index % window.steps, dims, moved=True)
+            segment = tried_step(model, window.inputs, index % window.steps, dims, moved=1.0)
             found = found.joined(*seen_in(segment, none))
     return found
 
@@ -249,10 +250,10 @@ def initial_segment(model: nn.Module, dims: LaneDims | None) -> LaneSegment | No
     parameters = trainable_parameters(model)
     one = next(iter(parameters.values())).real.new_ones(())
     weights = list(parameters.values())
-    return LaneSegment(Segment((), None, state, 0), list(parameters), weights, dims, one, weights)
+    return LaneSegment(Segment(one.new_zeros(0, 1), None, state, 0), list(parameters), weights, dims, one, weights)
 
 
-def tried_step(model: nn.Module, inputs: Tree, at: int, dims: LaneDims | None, *, moved: bool) -> LaneSegment:
+def tried_step(model: nn.Module, inputs: Tree, at: int, dims: LaneDims | None, *, moved: float) -> LaneSegment:
     """Run one step of an example from a state like those to come, each lane with weights of its own.
 
     Args:
@@ -260,14 +261,15 @@ def tried_step(model: nn.Module, inputs: Tree, at: int, dims: LaneDims | None, *
         inputs: an example, leaves (T, B, ...).
         at: which of its steps.
         dims: the lane dimensions of the state.
-        moved: whether random numbers are added to the inputs and the state.
+        moved: how large the random numbers are that are added to the state; unless 0, there are some added to the
+            inputs, too.
     """
     step = Window(time_slice(inputs, at, at + 1))
     step = Window(moved_at_random(step.inputs)) if moved else step
     parameters = trainable_parameters(model)
     lanes = PerLane(model, parameters, step.lanes, dims, vectorized=False)
     first = detach(Segment.run(lanes, step, None, dims, track=False).end)
-    run = Segment.run(lanes, step, moved_at_random(first) if moved else first, dims, track=True)
+    run = Segment.run(lanes, step, moved_at_random(first, moved) if moved else first, dims, track=True)
     one = next(iter(parameters.values())).real.new_ones(())
     weights, shared = list(lanes.weights.values()), list(parameters.values())
     return LaneSegment(run, list(parameters), weights, dims, one, shared)
@@ -283,10 +285,16 @@ def seeds_of(groups: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
     return found
 
 
-def moved_at_random(tree: Tree) -> Tree:
-    """Return a tree with random numbers added to those that are not whole."""
+def rounding(segment: LaneSegment) -> float:
+    """Return the relative rounding of the coarsest numbers in a stretch of steps."""
+    parts = [*differentiable(segment.segment.end), *segment.weights]
+    return max(torch.finfo(each.dtype).eps for each in parts)
+
+
+def moved_at_random(tree: Tree, by: float = 1.0) -> Tree:
+    """Return a tree with random numbers of a size added to those that are not whole."""
     leaves = [
-        each + torch.randn_like(each) if each.is_floating_point() or each.is_complex() else each
+        each + by * torch.randn_like(each) if each.is_floating_point() or each.is_complex() else each
         for each in tensors(tree)
     ]
     return replace_tensors(tree, leaves)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
+from tbptt.estimators.gradients import Gradients, add
 from tbptt.estimators.predictor import (
     PREFIX,
     Predictor,
@@ -26,7 +27,7 @@ from tbptt.estimators.predictor import (
 from tbptt.estimators.predictor_traces import check_traced, learned, learned_with, state_jacobian, traced
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Gradients, Pulled, Segment, Step, walk_back
+from tbptt.estimators.segments import Pulled, Segment, Step, walk_back
 from tbptt.estimators.synthetic_carry import SyntheticCarry
 from tbptt.length.base import check_whole
 from tbptt.loss import Loss, StepLoss
@@ -239,8 +240,8 @@ class SyntheticGradients(Estimator):
             ShapeError: a window longer than k1 or of another number of lanes, or a state of another size.
             CapabilityError: a model or predictor that cannot be used so.
         """
-        check_steps_of(window, self.k1, f"stream.windows({self.k1}), or SyntheticGradients(k1={window.steps})")
-        check_lanes_of(window, carry.chain.lanes)
+        fix = f"stream.windows({self.k1}), or SyntheticGradients(k1={window.steps})"
+        check_window(window, carry.chain, self.k1, fix)
         predictor = self._attached(model)
         chain = carry.chain.with_dims(model, window)
         run = Run(model, StepLoss.of(loss), chain, keep_outputs=self.keep_outputs)
@@ -295,7 +296,7 @@ class _Update:
         carry = SyntheticCarry(replace(self.carry.chain, state=detach(segment.end)), trace)
         if not injected:  # no update follows, so that no weight moves before these are used
             carry.owed = {name: each for name, each in sums.items() if each is not None}
-            return run.estimate(Pulled([None] * len(run.names), []), injected, segment.steps, metrics=metrics), carry
+            return run.estimate(Pulled([None] * len(run.asked), []), injected, segment.steps, metrics=metrics), carry
         shares: Gradients = [
             each if each is None or name.startswith(PREFIX) else each / injected.weight for name, each in sums.items()
         ]
@@ -311,7 +312,7 @@ class _Update:
 
         None for what arrives at the very first start, for which nothing was predicted.
         """
-        parameters, gamma = self.run.parameters, self.setting.gamma
+        parameters, gamma = self.run.asked, self.setting.gamma
         tracked, traces = segment.start is not None, bool(self.setting.lambda_)
         twice = tracked and gamma < 1  # what arrives is discounted, what the model learns from is not
         step = self._back(segment, ahead, parameters, start=tracked and not twice, keep=twice or (tracked and traces))
@@ -357,10 +358,10 @@ class _Update:
 
     def _with_owed(self, gradients: Gradients, lessons: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Return what is to be used, by the parameters' names: of this window, and of those before without a target."""
-        found = dict(zip(self.run.names, gradients, strict=True))
+        found = dict(zip(self.run.trained, gradients, strict=True))
         found |= {PREFIX + name: each for name, each in lessons.items()}
         for name, owed in self.carry.owed.items():
             if name in found:  # not where it has been frozen since
                 news = found[name]
-                found[name] = owed if news is None else owed + news
+                [found[name]] = add([owed], [news])
         return found

@@ -16,16 +16,18 @@ from torch import nn
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
-from tbptt.estimators.carry import ChainCarry, check_lanes_of, check_steps_of, unit_of
+from tbptt.estimators.carry import ChainCarry, check_window, unit_of
+from tbptt.estimators.gradients import add
 from tbptt.estimators.history import History, Stretch
 from tbptt.estimators.lengths import Lengths
 from tbptt.estimators.retained import RetainedSegment, kept_for, newest
 from tbptt.estimators.run import Run
-from tbptt.estimators.segments import Pulled, Segment, add
+from tbptt.estimators.segments import Pulled, Segment
 from tbptt.length import Length
 from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
 from tbptt.tree import detach
+from tbptt.weights import KeptWeights
 from tbptt.window import Window
 
 __all__ = ["TBPTT"]
@@ -184,8 +186,7 @@ class TBPTT(Estimator):
 
     def _check(self, carry: ChainCarry, window: Window, k1: int) -> None:
         fix = f"stream.windows({k1}), or TBPTT(k1={window.steps}, k2={self.k2})"
-        check_steps_of(window, k1, "" if self.lengths.vary else fix)
-        check_lanes_of(window, carry.lanes)
+        check_window(window, carry, k1, "" if self.lengths.vary else fix)
 
 
 class _Regimes:
@@ -230,7 +231,7 @@ class _Regimes:
             seen = told
         else:
             seen = told = [each for each in boundaries if each in (news, mark)]
-        chain, stretches = run.look_back(past, self.window, [mark, *seen])
+        chain, stretches = run.look_back(past, self.window, run.cuts([mark, *seen], news))
         injected = run.counted
         pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
@@ -240,19 +241,17 @@ class _Regimes:
     def retain(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the graphs of the steps before the window are still there."""
         run, k1, k2, dims = self.run, self.k1, self.k2, self.carry.dims
-        weights = {
-            name: value.detach().clone().requires_grad_() for name, value in zip(run.names, run.parameters, strict=True)
-        }
+        weights = KeptWeights.of(dict(zip(run.names, run.parameters, strict=True)))
         state, steps = self.carry.state, self.window.steps
         news: list[RetainedSegment] = []
-        cut = -k2 % k1  # a later look-back will begin here, if every window is full
+        cut = 0 if run.loss.whole else -k2 % k1  # a later look-back will begin here, if every window is full
         for begin, end in pairwise(sorted({0, min(cut, steps), steps})):
             piece = self.window[begin:end]
             segment = RetainedSegment.run(run.model, piece, state, weights, dims)
             assert segment.live is not None
             news.append(replace(segment, live=run.inject(segment.live, piece)))
             state = detach(segment.live.end)
-        if any(segment.weights.keys() != weights.keys() for segment in self.carry.retained):
+        if any(segment.weights.values.keys() != weights.values.keys() for segment in self.carry.retained):
             raise CapabilityError(
                 "the parameters that require a gradient are not those of the windows whose graphs were retained: "
                 "through these there is no gradient for a parameter that was frozen then",
@@ -262,11 +261,10 @@ class _Regimes:
         chain = [*newest(run.model, self.carry.retained, self.carry.state, before, dims), *news]
         live = [segment.live for segment in chain if segment.live is not None]
         injected = run.counted
-        parameters = [[segment.weights[name] for name in run.names] for segment in chain]
         lookback = sum(segment.steps for segment in chain)
         seen = self.carry.boundaries(lookback - steps)
         counts = _beginning_at(chain, seen)
-        pulled = run.pull(live, injected, parameters=parameters, keep=True, boundary=self.boundary, counts=counts)
+        pulled = run.pull(live, injected, keep=True, boundary=self.boundary, counts=counts)
         carry = replace(self.carry, state=state, retained=kept_for(chain, k1, k2))
         told = _told(seen)
         lags = tuple(lookback - each for each in told)

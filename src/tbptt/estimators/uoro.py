@@ -11,11 +11,16 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tbptt.estimators.forward_mode import CarriedInfluence, Influence, LaneSegment
+from tbptt.errors import CapabilityError
+from tbptt.estimators.forward_mode import CarriedInfluence, Influence
+from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.random_products import balance, norms_of, signs
 from tbptt.length.base import check_seed
 
 __all__ = ["UORO"]
+
+_APART = 1e-2
+"""The relative distance beyond which two ways to the same number differ by more than rounding."""
 
 
 @final
@@ -80,11 +85,13 @@ class UORO(CarriedInfluence):
         """Return the two vectors after a segment, rho_0 f + rho_1 nu and theta / rho_0 + b / rho_1."""
         end = segment.end
         nu = signs((self.seed, draws), end)
-        news, _ = segment.pulled(nu)
+        news, before = segment.pulled(nu)
         weights: dict[str, Tensor] = influence.get("weights", {})
         moved = torch.zeros_like(end)
         if weights and segment.segment.start is not None:
             moved = segment.pushed(influence["state"])
+            assert before is not None
+            _check_twice(nu, moved, before, influence["state"])
         alive = (moved.norm(dim=1) > 0).to(end.dtype)  # in a lane that starts anew nothing of before is left
         weights = {name: _scaled(each, alive) for name, each in weights.items()}
         rho_0 = balance(norms_of(weights, end), moved.norm(dim=1))
@@ -96,6 +103,18 @@ class UORO(CarriedInfluence):
                 {name: _scaled(each, 1 / rho_1) for name, each in news.items()},
             ),
         }
+
+
+def _check_twice(nu: Tensor, moved: Tensor, before: Tensor, state: Tensor) -> None:
+    """See that nu (D s) is (nu D) s: D s is had by going back twice, which not every function of a user's can."""
+    apart = ((nu * moved).sum(1) - (before * state).sum(1)).abs()
+    if bool((apart > _APART * (before.norm(dim=1) * state.norm(dim=1) + nu.norm(dim=1) * moved.norm(dim=1))).any()):
+        raise CapabilityError(
+            "a model that can be differentiated twice was expected, but a function of it has a backward pass whose own "
+            "derivative is another one, as where it calls autograd without create_graph: the influence brought on "
+            "would be wrong",
+            fix="torch.autograd.grad(..., create_graph=torch.is_grad_enabled()) in it; or TBPTT(k1, k2)",
+        )
 
 
 def _scaled(vectors: Tensor, factors: Tensor) -> Tensor:

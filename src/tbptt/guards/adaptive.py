@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import ConfigError
 from tbptt.estimators.base import LOSS_PREFIX, Estimate
+from tbptt.estimators.gradients import numbers_of, with_numbers
 from tbptt.guards.base import Guard
 from tbptt.guards.norms import flag, positive, total_norm, with_norm
 from tbptt.model import named_parameters
@@ -81,9 +82,11 @@ class AdaptiveClip(Guard):
         clipped: dict[str, Tensor] = {}
         num_clipped = 0
         for (name, gradient), count in zip(gradients.items(), counts, strict=True):
-            clipped[name] = (gradient * factors[name]).to(gradient.dtype) if count else gradient
-            num_clipped += count * (gradient.numel() // max(1, factors[name].numel()))
-        share = num_clipped / sum(gradient.numel() for gradient in gradients.values())
+            numbers = numbers_of(gradient)
+            scaled = (numbers * factors[name]).to(gradient.dtype) if count else numbers
+            clipped[name] = with_numbers(gradient, scaled) if count else gradient
+            num_clipped += count * (numbers.numel() // max(1, factors[name].numel()))
+        share = num_clipped / max(1, sum(numbers_of(each).numel() for each in gradients.values()))
         return estimate.with_gradients(clipped, **with_norm(estimate, norm, clipped_share=share))
 
     def _weights(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +112,9 @@ class AdaptiveClip(Guard):
 
     def _factors(self, gradient: Tensor, weight: Tensor, wide: bool) -> Tensor:
         """Return what to multiply each unit's gradient with; of a shape that broadcasts to the gradient's."""
+        if gradient.is_sparse:  # of the rows that have one
+            gradient = gradient.coalesce()
+            weight, gradient = weight[tuple(gradient.indices())], gradient.values()
         most = self.clipping * _unit_norms(weight, wide).clamp(min=self.epsilon)
         found = _unit_norms(gradient, wide)
         return torch.where(found > most, most / found, 1.0)

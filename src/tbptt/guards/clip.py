@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from tbptt.estimators.base import Estimate
+from tbptt.estimators.gradients import numbers_of, with_numbers
 from tbptt.guards.base import Guard
 from tbptt.guards.norms import flag, norms, positive, scaled_to, total_norm, with_norm
 from tbptt.tree import as_complex, as_real
@@ -87,7 +88,7 @@ class ClipValue(Guard):
         if not estimate.num_injected or not gradients:
             return estimate
         norm = total_norm(gradients)
-        parts = [as_real(g) for g in gradients.values()]
+        parts = [as_real(numbers_of(each)) for each in gradients.values()]
         largest = norms([part for part in parts if part.numel()], math.inf).max()
         if largest.item() <= self.max_value:
             return estimate.with_gradients(gradients, **with_norm(estimate, norm, clipped_share=0.0))
@@ -95,7 +96,7 @@ class ClipValue(Guard):
         num_clipped = sum(int(torch.count_nonzero(a != b)) for a, b in zip(clamped, parts, strict=True))
         share = num_clipped / sum(part.numel() for part in parts)
         whole = [
-            as_complex(part) if gradient.is_complex() else part
+            with_numbers(gradient, as_complex(part) if gradient.is_complex() else part)
             for gradient, part in zip(gradients.values(), clamped, strict=True)
         ]
         metrics = with_norm(estimate, norm, clipped_share=share)

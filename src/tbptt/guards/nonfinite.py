@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tbptt.errors import ConfigError, NonFiniteError
 from tbptt.estimators.base import Estimate
+from tbptt.estimators.gradients import numbers_of
 from tbptt.guards.base import Guard
 
 __all__ = ["NonFinite"]
@@ -101,11 +102,11 @@ class NonFinite(Guard):
 
 
 def _norm(gradients: list[Tensor]) -> float:
-    norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    norms = torch._foreach_norm([numbers_of(each) for each in gradients])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     if all(norm.device.type == "cpu" for norm in norms):
         return math.hypot(*[norm.item() for norm in norms])  # a third of the time of torch's own for a few parameters
     return torch.linalg.vector_norm(torch.stack([norm.to(gradients[0].device) for norm in norms])).item()
 
 
 def _faulty(gradients: dict[str, Tensor]) -> list[str]:
-    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(numbers_of(gradient)).all())]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tbptt.errors import ConfigError, NonFiniteError
 from tbptt.estimators.base import Estimate
+from tbptt.estimators.gradients import numbers_of
 
 __all__ = ["flag", "norms", "positive", "scaled_to", "total_norm", "whole", "with_norm"]
 
@@ -70,7 +71,7 @@ def total_norm(gradients: dict[str, Tensor]) -> Tensor:
     if math.isfinite(norm.item()):
         return norm
     for name, gradient in gradients.items():
-        if not bool(torch.isfinite(gradient).all()):
+        if not bool(torch.isfinite(numbers_of(gradient)).all()):
             raise NonFiniteError(
                 f"finite gradients were expected, but that of {name!r} holds NaN or infinity: clipping would spread "
                 "it to every parameter, or hide it behind a number that nothing computed",
@@ -89,7 +90,7 @@ def total_norm(gradients: dict[str, Tensor]) -> Tensor:
 
 def norms(gradients: list[Tensor], order: float) -> Tensor:
     """Return the norm of each gradient. Shape (P,), on the first one's device."""
-    found = torch._foreach_norm(gradients, order)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    found = torch._foreach_norm([numbers_of(each) for each in gradients], order)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     return torch.stack([norm.to(gradients[0].device) for norm in found])
 
 

@@ -17,7 +17,7 @@ from tbptt.horizon.inputs import InputTap
 from tbptt.horizon.samples import places
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
-from tbptt.model import check_trainable, fork_random, left_as_it_was
+from tbptt.model import check_trainable, eval_mode, fork_random, left_as_it_was
 from tbptt.pathways import in_segments, segment_steps
 from tbptt.streams.base import Stream
 from tbptt.tree import tensors
@@ -81,10 +81,10 @@ def influences(
             raise ConfigError(
                 f"{name} was expected to be a whole number, at least {least}, but is {value!r}", fix=f"{name}={least}"
             )
-    step_loss, training, start = StepLoss.of(loss), model.training, stream.state_dict()
-    model.eval()
+    step_loss, start = StepLoss.of(loss).by_single_steps("horizon.influences"), stream.state_dict()
+    device = next(model.parameters()).device
     try:
-        with fork_random(next(model.parameters()).device), left_as_it_was(model):
+        with fork_random(device), left_as_it_was(model), eval_mode(model, step_loss.module):
             found: list[Influence] = []
             draws = np.random.default_rng(seed)
             segment = segment_steps(model)
@@ -116,5 +116,4 @@ def influences(
                 )
             return found
     finally:
-        model.train(training)
         stream.load_state_dict(start)

@@ -121,7 +121,7 @@ def measure(
     _refuse_broken(model)
     if checked:
         _refuse_unfit(model, stream, resolution)
-    step_loss = StepLoss.of(loss)
+    step_loss = StepLoss.of(loss).by_single_steps("horizon.measure")
     start = stream.state_dict()
     device = next(model.parameters()).device
     try:

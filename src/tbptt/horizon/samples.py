@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tbptt.coupling import refuse_coupled
 from tbptt.curve import Floats
 from tbptt.errors import ConfigError, EndOfStream, NonFiniteError, StreamError
 from tbptt.horizon.inputs import InputTap, has_any
@@ -21,6 +22,7 @@ from tbptt.horizon.ways import OneWay, Way
 from tbptt.loss import StepLoss
 from tbptt.model import find_lane_dims, trainable_parameters
 from tbptt.pathways import in_segments, pathways_of
+from tbptt.side_state import preserved
 from tbptt.streams.base import Stream
 from tbptt.tree import LaneDims, Tree, detach
 from tbptt.unroll import unroll
@@ -165,6 +167,9 @@ def sample(model: nn.Module, loss: StepLoss, found: Sequence[Place], plan: Plan)
     losses: list[float] = []
     context: list[list[float]] = []
     ways: dict[str, list[OneWay]] = {name: [] for name in plan.ways}
+    with torch.no_grad(), preserved(model, device=found[0].window.mask.device):
+        outputs, _ = unroll(model, found[0].window, found[0].state, found[0].dims)
+        refuse_coupled(loss, outputs, found[0].window, model)
     for place in found:
         tap = InputTap(model) if has_any(place.window.inputs, model) else None
         probe = Sent(model, loss, place, plan, parameters if plan.gradients else [], tap, sketch)

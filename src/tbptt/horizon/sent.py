@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tbptt.estimators.gradients import Gradients, add
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.probe import run_chain
-from tbptt.estimators.segments import Gradients, Step, add, lane_norms, walk_back
+from tbptt.estimators.segments import Step, lane_norms, walk_back
 from tbptt.horizon.inputs import InputTap
 from tbptt.horizon.statistics import Sketch
 from tbptt.horizon.ways import OneWay, only, part_of

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tbptt.estimators.segments import Boundary, Gradients
+from tbptt.estimators.gradients import Gradients
+from tbptt.estimators.segments import Boundary
 from tbptt.horizon.statistics import Band, band
 from tbptt.pathways import pathways_of
 from tbptt.tree import Tree, tensors

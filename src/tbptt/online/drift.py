@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from tbptt.codec import encode
 from tbptt.errors import CapabilityError, CheckpointError, CheckpointWarning
 from tbptt.loss import StepLoss
+from tbptt.model import eval_mode
 from tbptt.online.pending import Step
 from tbptt.window import Window
 
@@ -63,7 +66,8 @@ class DriftWatch:
         window = Window(step.window.inputs, step.targets)
         if step.mask is not None:
             window = Window(step.window.inputs, step.targets, step.mask[None])
-        losses, valid = self.loss.by_step(step.outputs, window)
+        with torch.no_grad(), eval_mode(self.loss.module):  # as the prediction was made
+            losses, valid = self.loss.by_step(step.outputs, window)
         if not bool(valid.any()):
             return ""
         loss = float(losses[valid].double().mean())

@@ -18,7 +18,7 @@ from tbptt.checkpoint import Checkpoints, refuse_other, weights_of
 from tbptt.checks import CheckReport, check
 from tbptt.codec import UnknownClassError
 from tbptt.distributed import refuse_ranks
-from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, ShapeError
+from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, CheckpointWarning, ShapeError
 from tbptt.estimators import FullBPTT
 from tbptt.estimators.base import Carry, Estimator
 from tbptt.first_states import states_of
@@ -248,10 +248,13 @@ class Online:
 
         Warns:
             CheckpointWarning: the drift detector cannot be saved without pickle; a loaded learner begins with its own.
+                Or something of the model changes that cannot be saved.
 
         Raises:
             CheckpointError: a state that cannot be stored, or a disk that did not take it.
         """
+        if text := self.updater.unsaved():
+            warnings.warn(text, CheckpointWarning, stacklevel=2)
         checkpoints = Checkpoints(path, keep=2)
         newest = checkpoints.paths()[:1]
         number = int(newest[0].name.split("-")[1].split(".")[0]) + 1 if newest else 1
@@ -262,15 +265,16 @@ class Online:
 
         Args:
             path: as given to `save`.
-            example: a step like those to come, as for `predict_one`. Only for a model whose state has objects of
-                classes in it: the model is run on it, and the file may hold objects of the classes that are found.
+            example: a step, as for `predict_one`. Only for a model whose state has objects of classes in it: the model
+                is run on it, and the file may hold objects of the classes that are found.
 
         Raises:
-            CheckpointError: there is nothing, nothing sound, or what another learner has saved; or objects of classes
-                that this learner does not have.
+            CheckpointError: there is nothing, nothing sound, or what another learner has saved.
         """
         try:
-            loaded = Checkpoints(path).load_latest(lambda entry: self._like(entry, example), self._like_model)
+            loaded = Checkpoints(path).load_latest(
+                lambda entry: self._like(entry, example), self.model.state_dict().get
+            )
         except UnknownClassError as error:
             fix = f"online.load(path, example=x), with one step x like those to come; else {error.fix}"
             raise UnknownClassError(error.message, fix=fix) from None
@@ -349,7 +353,15 @@ class Online:
             self._update(self._pending.window(steps))
 
     def _update(self, window: Window) -> None:
-        found = self.updater.update(window, None if window.targets is not None else _NO_LOSS)
+        loss = self.loss if window.targets is not None else _NO_LOSS
+        if loss.whole and window.num_targets < window.mask.numel():
+            raise CapabilityError(
+                f"a label for each step and lane was expected with a WindowLoss, but {window.num_targets} of "
+                f"{window.mask.numel()} came in the window at step {window.start}: the loss couples steps, and nothing "
+                "could stand in the place of those that are missing",
+                fix="a label for each step, or a loss of single steps",
+            )
+        found = self.updater.update(window, loss)
         self.updates += found.applied
         self.refused += found.estimate is None
         self.metrics = {"loss": float(found.seen.loss)} | found.seen.metrics
@@ -360,20 +372,15 @@ class Online:
                 self.reset(lanes)
         self._running.restart(self.carry.state)
 
-    def _like(self, entry: str, example: Any = None) -> Any:
+    def _like(self, entry: str, example: Any) -> Any:
         """Return what an entry of a saved `state_dict` may be made of, see `tbptt.codec`; `example` as for `load`."""
         if entry == "drift":
             return self.drift
         if entry not in ("carry", "pending", "running"):
-            return None
-        own = self.carry.state_dict(), self._pending.state_dict(), self._running.state_dict()
-        if example is None:
-            return own
-        return own, states_of(self.model, Window(self._entry.lift.step("example", example)))
-
-    def _like_model(self, entry: str) -> Any:
-        """Return what an entry of the model's saved `state_dict` may be made of."""
-        return self.model.state_dict().get(entry)
+            return self.updater.state_dict().get(entry)
+        step = None if example is None else Window(self._entry.lift.step("example", example))
+        seen = None if step is None else states_of(self.model, step)
+        return self.carry.state_dict(), self._pending.state_dict(), self._running.state_dict(), seen
 
     def _about(self) -> dict[str, str]:
         """Return what must be the same to go on from what was saved."""

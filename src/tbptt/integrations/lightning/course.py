@@ -14,9 +14,8 @@ from torch import Tensor
 
 from tbptt.checks import check_on_stream
 from tbptt.codec import decode, encode
-from tbptt.errors import CheckpointError, ConfigError, EndOfStream, StreamError
+from tbptt.errors import CheckpointError, CheckpointWarning, ConfigError, EndOfStream, StreamError
 from tbptt.estimators.base import Carry, Estimator
-from tbptt.first_states import first_states
 from tbptt.guards.base import Guard
 from tbptt.integrations.lightning.ranks import LightningRanks, any_rank, share_loss
 from tbptt.integrations.lightning.refusals import refuse_lengths
@@ -50,6 +49,9 @@ class Course:
     begun: bool = field(default=False, init=False)
     loaded: dict[str, Any] | None = field(default=None, init=False)
     random: dict[str, Any] | None = field(default=None, init=False)  # to be set just before the next update
+    side: dict[str, Any] | None = field(
+        default=None, init=False
+    )  # likewise: validation comes before, and may change it
     ahead: Window | None = field(default=None, init=False)  # the next window, read but not trained on
     stream: Stream = field(init=False)
     updater: Updater = field(init=False)
@@ -84,6 +86,7 @@ class Course:
             self.stream.lanes,
             guards=self.guards,
             ranks=LightningRanks(module, loss),
+            ignored={*vars(LightningModule()), "_course"},
         )
         if before is not None:  # another fit goes on; the module may have been moved meanwhile
             self.updater.load_state_dict(before)
@@ -108,7 +111,9 @@ class Course:
                 raise StreamError("the stream has no steps, not even after rewind()") from end
         if self.random is not None:
             set_random_state(self.random)
-        self.ahead = self.random = None
+        if self.side is not None:
+            self.updater.side.load_state_dict(self.side)
+        self.ahead = self.random = self.side = None
         return window
 
     def read_ahead(self, trainer: Trainer) -> bool:
@@ -140,6 +145,8 @@ class Course:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that evolves, as plain values and tensors that `torch.load(weights_only=True)` reads."""
+        if text := self.updater.unsaved():
+            warnings.warn(text, CheckpointWarning, stacklevel=3)
         state = {
             **self.updater.state_dict(),
             "place": self.place,
@@ -148,17 +155,6 @@ class Course:
         }
         tensors: dict[str, Tensor] = {}
         return {"state": encode(state, "tbptt", tensors), "tensors": tensors}
-
-    def _like(self, entry: str, module: LightningModule) -> Any:
-        """Return what an entry of a checkpoint may be made of, see `tbptt.codec`."""
-        if entry == "guards":
-            return [guard.state_dict() for guard in self.guards]
-        if entry == "place":
-            return self.place
-        if entry != "carry":
-            return None
-        steps = self.estimator.next_steps(self.carry)
-        return self.carry.state_dict(), first_states(module, self.stream, steps)
 
     def _restore(self, module: LightningModule) -> None:
         trainer = module.trainer
@@ -178,12 +174,13 @@ class Course:
                     fix="resume with what the run was started with",
                 )
         mine = self.loaded["ranks"][trainer.global_rank]
-        state = decode(mine["state"], mine["tensors"], lambda entry: self._like(entry, module), "tbptt")
+        like = self.updater.like(lambda: {**self.updater.state_dict(), "place": self.place}, self.stream)
+        state = decode(mine["state"], mine["tensors"], like, "tbptt")
         self.updater.load_state_dict(state)
         self.place = state["place"]
         self.stream.load_state_dict(self.place)
         self.ahead = None if state["ahead"] is None else self.stream.read(state["ahead"])
-        self.random = state["random"]
+        self.random, self.side = state["random"], state.get("side")
 
 
 def _stream_of_rank(source: Stream | StreamOfRank, trainer: Trainer) -> Stream:
