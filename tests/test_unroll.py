@@ -152,3 +152,102 @@ def test_a_state_whose_lanes_change_is_refused() -> None:
 
     with pytest.raises(ShapeError, match=rf"expected to have {B} lanes in dimension 1, but has shape \(1, 2, 4\)"):
         unroll(Losing(D, H), Window(torch.randn(T, B, D)), None, (1,))
+
+
+class Clock(nn.Module):
+    """Knows how many steps there were, modulo a period, as a plain number; and says of what kind it is."""
+
+    def __init__(self, *, period: int = 1000, started: bool = True) -> None:
+        super().__init__()
+        self.cell, self.period = nn.GRUCell(D + 1, H), period
+        if started:
+            self.initial_state = lambda lanes: (torch.zeros(lanes, H), {"number": 0, "kind": "clock"})
+
+    def forward(self, inputs: Tensor, state: Any = None) -> Any:
+        hidden, more = (torch.zeros(inputs.shape[1], H), {"number": 0, "kind": "clock"}) if state is None else state
+        number, outputs = more["number"], []
+        for each in inputs:
+            hidden = self.cell(torch.cat([each, torch.full((len(each), 1), float(number))], 1), hidden)
+            number = (number + 1) % self.period
+            outputs.append(hidden)
+        return torch.stack(outputs), (hidden, {"number": number, "kind": more["kind"]})
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_number_that_all_lanes_share_is_not_reset_for_one(started: bool) -> None:
+    model, inputs = Clock(started=started), torch.randn(T, B, D)
+    dims = find_lane_dims(model, inputs)
+    begins = "is 0" if started else "is not known"
+    with pytest.raises(
+        CapabilityError, match=rf"\[1\]\.number is no tensor but the int 4, .* sequence {begins}"
+    ) as caught:
+        unroll(model, window(inputs, RESETS["one lane"]), None, dims)
+    assert "torch.zeros(lanes, dtype=torch.int64)" in caught.value.fix
+    outputs, state = unroll(model, window(inputs, RESETS["all lanes"]), None, dims)
+    assert torch.equal(outputs[5:], model(inputs[5:], None)[0])
+    assert state[1] == {"number": T - 5, "kind": "clock"}
+    unroll(model, window(inputs, [[0], [0], [0]]), state, dims)
+
+
+def test_a_number_that_is_the_one_of_a_start_needs_no_reset() -> None:
+    inputs = torch.randn(T, B, D)
+    model = Clock(period=4)
+    outputs, _ = unroll(model, window(inputs, RESETS["one lane"]), None, (0,))
+    torch.testing.assert_close(outputs[4:, 1], model(inputs[4:, 1:2], None)[0][:, 0])
+    with pytest.raises(CapabilityError, match="shared by all lanes"):
+        unroll(model, window(inputs, RESETS["several"]), None, (0,))
+    model = Clock(period=1, started=False)  # it stays as it is, and so do words
+    outputs, _ = unroll(model, window(inputs, RESETS["one lane"]), None, (0,))
+    torch.testing.assert_close(outputs[4:, 1], model(inputs[4:, 1:2], None)[0][:, 0])
+
+
+def test_nothing_remains_of_finding_out_what_stays() -> None:
+    """A lane's reset runs a model on the side that has numbers in its state and no initial one."""
+    plain, clock = Clock(period=1, started=True), Clock(period=1, started=False)
+    clock.load_state_dict(plain.state_dict())
+    inputs, found = torch.randn(T, B, D), []
+    for model in (plain, clock):
+        model.register_forward_pre_hook(lambda module, args: (args[0] + 0.1 * torch.randn_like(args[0]), *args[1:]))
+        torch.manual_seed(3)
+        found.append(unroll(model, window(inputs, RESETS["several"]), None, (0,))[0])
+    assert torch.equal(*found)
+
+
+ESTIMATORS: list[Any] = [
+    tbptt.TBPTT(T, T),
+    tbptt.TBPTT(T, 4),
+    tbptt.TBPTT(T, 4, replay="retain"),
+    tbptt.FullBPTT(T),
+    tbptt.RTRL(T),
+    tbptt.RFLO(T),
+    tbptt.PES(T, num_particles=4, sigma=0.1),
+]
+
+
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_no_estimator_lets_a_number_go_on(estimator: tbptt.Estimator, started: bool) -> None:
+    model, inputs = Clock(started=started), torch.randn(T, B, D)
+    found = window(inputs, RESETS["one lane"])
+    found = Window(inputs, torch.randn(T, B, H), reset=found.reset)
+    with pytest.raises(CapabilityError, match="a number in its state is shared by all lanes"):
+        estimator.estimate(model, nn.MSELoss(), estimator.init(model, B), found)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_neither_do_evaluate_and_online(started: bool) -> None:
+    model, x, y = Clock(started=started), torch.randn(B * T, D), torch.randn(B * T, H)
+    reset = torch.arange(B * T) == T + 4  # in lane 1
+    stream = tbptt.ArrayStream(x, y, lanes=B, reset=reset)
+    with pytest.raises(CapabilityError, match="shared by all lanes"):
+        tbptt.evaluate(model, nn.MSELoss(), stream)
+    online = tbptt.Online(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), tbptt.TBPTT(1, 4), lanes=B)
+    for step in range(4):
+        online.learn_one(x[step : step + B], y[step : step + B])
+    online.reset()
+    online.learn_one(x[:B], y[:B])  # all lanes together
+    online.reset([False, True, False])
+    with pytest.raises(CapabilityError, match="shared by all lanes"):
+        online.predict_one(x[:B])
+    with pytest.raises(CapabilityError, match="shared by all lanes"):
+        online.learn_one(x[:B], y[:B])

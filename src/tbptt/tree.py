@@ -9,7 +9,8 @@ Letters: T time, B lanes, S number of state leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from typing import Any, TypeAlias
 
 import optree
@@ -114,6 +115,48 @@ def leaf_names(tree: Tree) -> list[str]:
     leaves = _flatten(tree)[0]
     paths = optree.tree_paths(tree, namespace=_NAMESPACE)
     return [_place(path) for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor)]
+
+
+_VALUES = (bool, int, float, complex, str, bytes, range, slice, Enum, torch.Size)
+"""Of what is no tensor, that which can stand for something that was seen; a type or a function cannot."""
+
+
+def plain_values(tree: Tree) -> dict[str, Any]:
+    """Return the numbers, strings and the like of `tree`, which no lane has for itself, by their place.
+
+    Example:
+        >>> plain_values((torch.zeros(2, 3), {"position": 4}))
+        {'[1].position': 4}
+    """
+    leaves = _flatten(tree)[0]
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return {}
+    paths = optree.tree_paths(tree, namespace=_NAMESPACE)
+    return {_place(path): leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, _VALUES)}
+
+
+def refuse_shared(state: Tree, start: Mapping[str, Any]) -> None:
+    """Refuse to begin a sequence in one lane of a state whose plain values are not those of a start.
+
+    Args:
+        state: the state.
+        start: the value of each place at the start of a sequence, as far as it is known.
+
+    Raises:
+        CapabilityError: a value is another one, or may be.
+    """
+    for place, value in plain_values(state).items():
+        first = start.get(place)
+        if place in start and (first == value or (first != first and value != value)):  # NaN is the same as NaN
+            continue
+        begins = f"that of a new sequence is {first!r}" if place in start else "that of a new sequence is not known"
+        raise CapabilityError(
+            f"one lane is to begin a new sequence, but a number in its state is shared by all lanes: {place} is no "
+            f"tensor but the {type(value).__name__} {value!r}, and {begins}; it would go on in the lane that begins, "
+            "or begin in those that go on",
+            fix="keep it as a tensor with a lane dimension: torch.zeros(lanes, dtype=torch.int64); or reset all lanes "
+            "at the same step",
+        )
 
 
 def _place(path: tuple[Any, ...]) -> str:
@@ -241,12 +284,13 @@ def where_lanes(chosen: Tensor, fresh: Tree, state: Tree, dims: LaneDims) -> Tre
 
     Args:
         chosen: the lanes to replace. Shape (B,), bool.
-        fresh: a tree like `state`, or None for zeros.
+        fresh: a tree like `state`, or None for zeros; what is no tensor then stays as it is in `state`.
         state: the tree to take the other lanes from.
         dims: the lane dimension of each tensor of `state`.
 
     Raises:
-        CapabilityError: a leaf has no lane dimension, so that no single lane of it can be replaced.
+        CapabilityError: a leaf has no lane dimension, so that no single lane of it can be replaced; or a number in
+            `state`, which all lanes share, is another one in `fresh`.
         ShapeError: `state` or `fresh` has another number of tensors than `dims`.
     """
     old = tensors(state)
@@ -262,6 +306,8 @@ def where_lanes(chosen: Tensor, fresh: Tree, state: Tree, dims: LaneDims) -> Tre
             f"initial_state() returned {len(new)} tensors, but the model's state has {len(old)}",
             fix="return the same structure from initial_state(lanes) as from the model itself",
         )
+    if fresh is not None:
+        refuse_shared(state, plain_values(fresh))
     merged: list[Tensor] = []
     for index, (fresh_leaf, leaf, dim) in enumerate(zip(new, old, dims, strict=True)):
         if dim is None:

@@ -6,13 +6,27 @@ Letters: T time, B lanes.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
 from tbptt.errors import CapabilityError
+from tbptt.first_states import states_of
 from tbptt.model import check_outputs, initial_state, split_result
-from tbptt.tree import LaneDims, Tree, check_lanes, copy, replace_tensors, tensors, time_cat, time_slice, where_lanes
+from tbptt.tree import (
+    LaneDims,
+    Tree,
+    check_lanes,
+    copy,
+    plain_values,
+    refuse_shared,
+    replace_tensors,
+    tensors,
+    time_cat,
+    time_slice,
+    where_lanes,
+)
 from tbptt.window import Window
 
 __all__ = ["state_at_reset", "unroll"]
@@ -35,7 +49,8 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
         The outputs, leaves (T, B, ...), and the state after the last step.
 
     Raises:
-        CapabilityError: a single lane is to be reset and the lane dimensions are not known.
+        CapabilityError: a single lane is to be reset and the lane dimensions are not known, or a number in the state,
+            which all lanes share, is not the one that a sequence starts with.
         ShapeError: the state's lanes have changed, or an output has no value for each step and lane.
 
     Cost: one call of the model, and a copy of the state, for each stretch between resets.
@@ -93,7 +108,10 @@ def state_at_reset(
     """Return the state that a step begins with, of which some lane starts anew; None if all do, or it is None.
 
     Raises:
-        CapabilityError: a single lane is to be reset and the lane dimensions are not known.
+        CapabilityError: a single lane is to be reset and the lane dimensions are not known, or a number in the state,
+            which all lanes share, is not the one that a sequence starts with.
+
+    Cost: a copy of the state; where it has plain numbers and the model no initial state, two calls of the model too.
     """
     if state is None or window.resets[step]:
         return None
@@ -103,4 +121,18 @@ def state_at_reset(
             "one lane more, so it is not known which dimension of its state holds the lanes",
             fix="let the model take any number of lanes, or reset all lanes at the same step",
         )
-    return where_lanes(window.reset[step], initial_state(model, window.lanes), state, dims)
+    fresh = initial_state(model, window.lanes)
+    if fresh is None and plain_values(state):
+        refuse_shared(state, _unchanging(model, window, step))
+    return where_lanes(window.reset[step], fresh, state, dims)
+
+
+def _unchanging(model: nn.Module, window: Window, step: int) -> dict[str, Any]:
+    """Return the plain values of the state that are the same after the first and the second call of a sequence."""
+    model = getattr(model, "held", [model])[0]  # `PerLane` has the model itself aside, with all that it keeps
+    for piece in (window[step : step + 1], window):  # some models take no single step
+        seen = [plain_values(state) for state in states_of(model, piece)[-1] if state is not None]
+        if len(seen) > 1:
+            first, *others = seen
+            return {place: each for place, each in first.items() if all(each == o.get(place) for o in others)}
+    return {}
