@@ -107,6 +107,7 @@ class Online:
         check_whole("lanes", lanes, 1)
         check_whole("label_patience", label_patience, 0)
         self.model, self.loss, self.optimizer, self.estimator = model, StepLoss.of(loss), optimizer, estimator
+        self._no_loss = StepLoss(_no_losses, module=self.loss.module)  # its weights are trained all the same
         self.lanes = lanes
         given = [NonFinite("raise")] if guards is None else guards
         self.guards = check_guards(given, estimator, no_roll_back=_NO_ROLL_BACK)
@@ -353,7 +354,7 @@ class Online:
             self._update(self._pending.window(steps))
 
     def _update(self, window: Window) -> None:
-        loss = self.loss if window.targets is not None else _NO_LOSS
+        loss = self.loss if window.targets is not None else self._no_loss
         if loss.whole and window.num_targets < window.mask.numel():
             raise CapabilityError(
                 f"a label for each step and lane was expected with a WindowLoss, but {window.num_targets} of "
@@ -407,6 +408,3 @@ def _no_losses(outputs: Tree, targets: Tree) -> Tensor:
     del targets  # there are none
     leaf = tensors(outputs)[0]
     return torch.zeros(leaf.shape[:2], device=leaf.device)
-
-
-_NO_LOSS = StepLoss(_no_losses)
