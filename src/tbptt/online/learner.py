@@ -354,15 +354,15 @@ class Online:
             self._update(self._pending.window(steps))
 
     def _update(self, window: Window) -> None:
-        loss = self.loss if window.targets is not None else self._no_loss
-        if loss.whole and window.num_targets < window.mask.numel():
+        labelled = window.targets is not None
+        if labelled and self.loss.whole and window.num_targets < window.mask.numel():
             raise CapabilityError(
                 f"a label for each step and lane was expected with a WindowLoss, but {window.num_targets} of "
                 f"{window.mask.numel()} came in the window at step {window.start}: the loss couples steps, and nothing "
                 "could stand in the place of those that are missing",
                 fix="a label for each step, or a loss of single steps",
             )
-        found = self.updater.update(window, loss)
+        found = self.updater.update(window, None if labelled else self._no_loss)
         self.updates += found.applied
         self.refused += found.estimate is None
         self.metrics = {"loss": float(found.seen.loss)} | found.seen.metrics
