@@ -154,6 +154,52 @@ def test_a_state_whose_lanes_change_is_refused() -> None:
         unroll(Losing(D, H), Window(torch.randn(T, B, D)), None, (1,))
 
 
+class Graph(nn.Module):
+    """Of a few nodes, which it folds into the lanes, and unfolds again where it is asked to."""
+
+    def __init__(self, *, nodes: int = 4, unfolds: bool = False) -> None:
+        super().__init__()
+        self.cell, self.nodes, self.unfolds = nn.GRUCell(D, H), nodes, unfolds
+
+    def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, size = [], (-1, self.nodes)
+        for each in inputs[:, :, None].expand(-1, -1, self.nodes, -1):
+            state = self.cell(each.flatten(0, 1), state if state is None or state.ndim == 2 else state.flatten(0, 1))
+            outputs.append(state.unflatten(0, size))
+        return torch.stack(outputs), outputs[-1] if self.unfolds else state
+
+
+def test_lanes_that_are_folded_into_another_dimension_are_named() -> None:
+    inputs = torch.randn(T, B, D)
+    for nodes in (2, 4):
+        model = Graph(nodes=nodes)
+        dims = find_lane_dims(model, inputs)
+        assert dims == (None,)
+        said = rf"tensor 0 of shape \({B * nodes}, 4\) has them folded into dimension 0, {nodes} entries for each lane"
+        with pytest.raises(CapabilityError, match=said) as caught:
+            unroll(model, window(inputs, RESETS["one lane"]), None, dims)
+        assert f"state.unflatten(0, ({B}, {nodes}))" in caught.value.fix
+    model = Graph(unfolds=True)  # as it says
+    outputs, _ = unroll(model, window(inputs, RESETS["one lane"]), None, find_lane_dims(model, inputs))
+    torch.testing.assert_close(outputs[4:, 1], model(inputs[4:, 1:2])[0][:, 0])
+
+
+def test_what_grows_with_every_step_is_not_said_to_be_folded() -> None:
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, H)
+
+        def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            flat = inputs.flatten(0, 1)
+            state = flat if state is None else torch.cat([state, flat])
+            return self.linear(inputs), state
+
+    inputs = torch.randn(T, B, D)
+    with pytest.raises(CapabilityError, match="no lanes of its own, or grows with every step"):
+        unroll(Cache(), window(inputs, RESETS["one lane"]), None, (None,))
+
+
 class Clock(nn.Module):
     """Knows how many steps there were, modulo a period, as a plain number; and says of what kind it is."""
 

@@ -356,6 +356,33 @@ def find_lane_dims(model: nn.Module, inputs: Tree) -> LaneDims | None:
     return tuple(_grown(a, b, lanes) if a == c else None for a, b, c in zip(before, more, later, strict=True))
 
 
+def folded_lanes(model: nn.Module, inputs: Tree) -> dict[int, tuple[int, int]]:
+    """Find the tensors of the state whose lanes share a dimension with something else, such as the nodes of a graph.
+
+    By the experiment of `find_lane_dims`: with one lane more that dimension grew by as much as it has for each lane.
+
+    Args:
+        inputs: leaves (T, B, ...).
+
+    Returns:
+        By the index of the tensor: the dimension, and how large it is for each lane.
+    """
+    lanes = tensors(inputs)[0].shape[1]
+    found: dict[int, tuple[int, int]] = {}
+    for sample in (time_slice(inputs, 0, 1), inputs):  # some models take no single step
+        shapes = [_state_shapes(model, sample), _state_shapes(model, _one_lane_more(sample))]
+        if not all(shapes):
+            continue
+        for index, (before, later, more) in enumerate(zip(*shapes[0], shapes[1][0], strict=False)):
+            grown = [dim for dim, (a, b) in enumerate(zip(before, more, strict=False)) if a != b]
+            if before == later and len(before) == len(more) and len(grown) == 1:
+                each = more[grown[0]] - before[grown[0]]
+                if each > 1 and before[grown[0]] == lanes * each:
+                    found[index] = grown[0], each
+        break
+    return found
+
+
 def _one_lane_more(inputs: Tree) -> Tree:
     return tree_map(lambda leaf: torch.cat([leaf, leaf[:, :1]], 1), inputs)
 

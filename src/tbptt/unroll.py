@@ -13,7 +13,7 @@ from torch import nn
 
 from tbptt.errors import CapabilityError
 from tbptt.first_states import states_of
-from tbptt.model import check_outputs, initial_state, split_result
+from tbptt.model import check_outputs, folded_lanes, initial_state, split_result
 from tbptt.tree import (
     LaneDims,
     Tree,
@@ -121,10 +121,26 @@ def state_at_reset(
             "one lane more, so it is not known which dimension of its state holds the lanes",
             fix="let the model take any number of lanes, or reset all lanes at the same step",
         )
+    if None in dims:
+        _refuse_folded(model, window, state)
     fresh = initial_state(model, window.lanes)
     if fresh is None and plain_values(state):
         refuse_shared(state, _unchanging(model, window, step))
     return where_lanes(window.reset[step], fresh, state, dims)
+
+
+def _refuse_folded(model: nn.Module, window: Window, state: Tree) -> None:
+    leaves, lanes = tensors(state), window.lanes
+    for index, (dim, each) in folded_lanes(model, window.inputs).items():
+        if index < len(leaves):
+            shape = tuple(leaves[index].shape)
+            raise CapabilityError(
+                f"a state with a dimension of {lanes} lanes was expected, as one lane is to begin a new sequence, but "
+                f"state tensor {index} of shape {shape} has them folded into dimension {dim}, {each} entries for each "
+                "lane: it is not known which of them are whose",
+                fix=f"return it with a dimension for the lanes, such as state.unflatten({dim}, ({lanes}, {each})), and "
+                "fold it where it is used; or reset all lanes at the same step",
+            )
 
 
 def _unchanging(model: nn.Module, window: Window, step: int) -> dict[str, Any]:
