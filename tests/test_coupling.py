@@ -28,6 +28,7 @@ from tbptt import (
     WindowLoss,
     evaluate,
 )
+from tbptt.cli.config import estimator_classes
 from tbptt.coupling import refuse_coupled
 from tbptt.errors import CapabilityError, ConfigError
 from tbptt.loss import StepLoss
@@ -295,8 +296,9 @@ def difference(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def spectral(outputs: Tensor, targets: Tensor) -> Tensor:
     def spectrum(signal: Tensor) -> Tensor:
-        flat = signal[..., 0].T
-        frames = torch.stft(flat, 4, hop_length=1, window=torch.hann_window(4, dtype=flat.dtype), return_complex=True)
+        flat = F.pad(signal[..., 0].T, (2, 2))  # a window may have one step
+        options: dict[str, Any] = {"center": False, "return_complex": True}
+        frames = torch.stft(flat, 4, hop_length=1, window=torch.hann_window(4, dtype=flat.dtype), **options)
         return frames.abs().mean(1)[:, : len(signal)].T
 
     return (spectrum(outputs) - spectrum(targets)).abs()
@@ -370,6 +372,37 @@ def test_steps_are_coupled_in_windows_of_one_step_too(lanes: int) -> None:
             looked_at(loss, *numbers(1, lanes))
 
 
+@pytest.mark.parametrize("lanes", [1, 2, B])
+@pytest.mark.parametrize("steps", [1, T])
+def test_targets_that_are_all_the_same_hide_nothing(steps: int, lanes: int) -> None:
+    """A stream that begins with a pause, or windows of one step: those of other steps are made up."""
+    outputs = torch.randn(steps, lanes, D)
+    for value in (0, 2):
+        same = torch.full((steps, lanes), value)
+        with pytest.raises(CapabilityError, match="of smoothed at step"):
+            looked_at(smoothed, outputs, same)
+        with pytest.raises(CapabilityError, match="of normalised at step"):
+            looked_at(normalised, outputs, torch.full((steps, lanes, D), value + 1.0))
+        for loss, data in (BY_STEP | SAMPLED).values():
+            if data is classes:
+                looked_at(loss, outputs, same)
+            elif data is numbers:
+                looked_at(loss, outputs, torch.full((steps, lanes, D), float(value)))
+    flags = torch.ones(steps, lanes, dtype=torch.bool)
+    with pytest.raises(CapabilityError, match="at step"):
+        looked_at(lambda o, t: o.square().mean(-1) * t.float().mean(), outputs, flags)
+    looked_at(lambda o, t: o.square().mean(-1) * t.float(), outputs, flags)
+
+
+def test_a_loss_that_does_not_take_made_up_targets_is_looked_at_with_its_own() -> None:
+    def picky(outputs: Tensor, targets: Tensor) -> Tensor:
+        assert bool((targets == 3.0).all())
+        return difference(outputs, targets)
+
+    with pytest.raises(CapabilityError, match="of picky at step"):
+        looked_at(picky, torch.randn(T, B, D), torch.full((T, B, D), 3.0))
+
+
 def test_lanes_that_are_coupled_are_refused() -> None:
     def between(outputs: Tensor, targets: Tensor) -> Tensor:
         logits = torch.einsum("tbd,tcd->tbc", outputs, targets)
@@ -431,6 +464,61 @@ def test_every_estimator_refuses_a_coupled_loss_and_looks_once(estimator: Any) -
     window = Window(*numbers(estimator.next_steps(carry), 2))
     with pytest.raises(CapabilityError, match=r"of difference at step"):
         estimator.estimate(model, difference, carry, window)
+
+
+KINDS = ["pre-emphasis", "difference", "spectral", "normalised", "smoothed"]
+EVERY = [each for _, kind in sorted(estimator_classes().items()) for each in kind.examples()]
+MODELS: list[Callable[[], nn.Module]] = [
+    lambda: nn.RNN(D, D),
+    lambda: tbptt.scan(nn.RNNCell(D, D)),
+    lambda: tbptt.SequenceModel(D, D, hidden=5, core="elstm"),
+    lambda: tbptt.SequenceModel(D, D, hidden=5, core="attentive_lstm"),
+]
+
+
+def first_window(estimator: Any, loss: Any, model: nn.Module, data: Any) -> None:
+    estimator.prepare(model, torch.randn(2, 2, D))
+    carry = estimator.init(model, 2)
+    outputs, targets = data(estimator.next_steps(carry), 2)
+    estimator.estimate(model, loss, carry, Window(outputs, targets))
+
+
+def a_model_for(estimator: Any) -> nn.Module:
+    """The first that takes a loss of single steps: then it is the other loss that is refused."""
+    for make in MODELS:
+        model = make()
+        try:
+            first_window(estimator, steps_of(F.mse_loss), model, numbers)
+        except CapabilityError:
+            continue
+        return model
+    raise AssertionError(f"{estimator} takes none of the models")
+
+
+@pytest.mark.parametrize("estimator", EVERY, ids=str)
+def test_every_estimator_refuses_every_kind_of_coupled_loss(estimator: Any) -> None:
+    model = a_model_for(estimator)
+    for name in KINDS:
+        loss, data = COUPLED[name]
+        with pytest.raises(CapabilityError, match=rf"of {loss.__name__} at step \d+ depends on what stands at step"):
+            first_window(estimator, loss, model, data)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_evaluate_trainer_and_online_refuse_every_kind_of_coupled_loss(name: str) -> None:
+    loss, data = COUPLED[name]
+    model, (x, _), (_, y) = nn.RNN(D, D), numbers(80, 1), data(80, 1)
+    stream, sgd = ArrayStream(x[:, 0], y[:, 0], lanes=2), torch.optim.SGD(model.parameters(), 0.1)
+    start, said = [each.clone() for each in model.parameters()], rf"of {loss.__name__} at step"
+    with pytest.raises(CapabilityError, match=said):
+        evaluate(model, loss, stream, steps=16)
+    with pytest.raises(CapabilityError, match=said):
+        Trainer(model, loss, sgd, TBPTT(8, 8), stream, checked=False).run(updates=1)
+    online = Online(model, loss, sgd, TBPTT(4, 8))
+    online.learn_many(x[:3, 0], y[:3, 0])
+    with pytest.raises(CapabilityError, match=said):
+        online.learn_one(x[3, 0], y[3, 0])
+    assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
 
 
 def test_evaluate_trainer_online_and_compare_refuse_a_coupled_loss() -> None:

@@ -23,6 +23,8 @@ _COPIES = 4
 """How many steps are made of a window that has only one."""
 _SHRINK = 1 / 64
 """By how much the outputs of such steps differ, relatively: what is a probability, or has a sign, stays one."""
+_VARY = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Targets of which there are others than those that came: classes, counts, flags."""
 _SEEDS = 4
 """With how many other random numbers a change has to show again."""
 _ROUNDING = 16.0
@@ -74,19 +76,24 @@ class _Experiment:
     ) -> None:
         self.loss, self.before, self.modules = loss, before, modules
         self.outputs, self.targets = outputs, targets
-        if self._size()[0] == 1:  # of one step nothing can be told
+        single = self._size()[0] == 1  # of one step nothing can be told
+        if single:
             self._make_several()
         self.size = self._size()
+        self.varied = tree_map(lambda leaf: _varied(leaf, made=single), self.targets)
 
     def coupled(self) -> tuple[str, int, int] | None:
         """Return "step" or "lane", one of them, and another one whose loss it has a part in; None for none."""
         leaves = as_leaves(self.outputs)
-        try:
-            base, after = self._called(leaves, self.targets)
-        except Exception:  # it wants the graph of the model, or will not take what was made up of a single step
-            return None
-        found = self._by_gradient(base, leaves)
-        return found or self._by_value(base.detach(), after)
+        for targets in (self.varied, self.targets):  # it may not take those that were made up
+            self.targets = targets
+            try:
+                base, after = self._called(leaves, targets)
+            except Exception:  # or it wants the graph of the model, or will not take a single step made several
+                continue
+            found = self._by_gradient(base, leaves)
+            return found or self._by_value(base.detach(), after)
+        return None
 
     def _by_gradient(self, base: Tensor, leaves: Tree) -> tuple[str, int, int] | None:
         inputs = differentiable(leaves)
@@ -204,6 +211,29 @@ class _Experiment:
 
     def _named(self, axis: int, cause: int, changed: int) -> tuple[str, int, int]:
         return ("step", "lane")[axis], cause, changed
+
+
+def _varied(targets: Tensor, *, made: bool) -> Tensor:
+    """Return targets of which no step is like all others, so that it shows where one has a part in another's loss.
+
+    Numbers become a little smaller from step to step, of classes and flags every second is another one: where they
+    stay the same over the window, and of numbers also where the steps were made of one by exchanging its lanes, since
+    what is computed of all of them together, as a standard deviation, would stay the same.
+
+    Args:
+        targets: shape (T, B, ...).
+        made: whether the steps were made of a single one.
+    """
+    same = bool(((targets == targets[:1]) | (targets != targets)).all())  # NaN is the same as NaN
+    steps = torch.arange(len(targets), device=targets.device).view(-1, *[1] * (targets.ndim - 1))
+    if targets.is_floating_point() or targets.is_complex():
+        return targets * (1 - _SHRINK * (steps % _COPIES)).to(targets.dtype) if same or made else targets
+    if not same or targets.dtype not in _VARY:
+        return targets
+    if targets.dtype == torch.bool:
+        return targets ^ (steps % 2 == 1)
+    other = torch.where(targets > 0, targets - 1, torch.where(targets == 0, targets + 1, targets))
+    return torch.where(steps % 2 == 1, other, targets)
 
 
 def _halves(size: tuple[int, int]) -> Iterator[tuple[int, list[int], list[int]]]:
