@@ -134,7 +134,9 @@ class SideState:
         """Put the values into the modules: into what is there, or as copies in its place."""
         made: dict[int, Any] = {}
         for place, holder in _holders(modules):
-            values = self.values.get(place, {})
+            values = self.values.get(place)
+            if values is None:  # a module that was not there: nothing is known of it
+                continue
             for name in [name for name in holder if name not in _OWN_OF_MODULES and name not in values]:
                 del holder[name]
             for name, content in values.items():

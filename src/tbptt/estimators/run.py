@@ -52,7 +52,8 @@ class Run:
         self.asked = tuple(self.trained.values())
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.counted, self._like, self._first = Counted(), torch.zeros(()), 0
+        self.counted, self._first = Counted(), 0
+        self._like = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)  # until a loss was called
         self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
