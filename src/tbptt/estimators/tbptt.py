@@ -233,7 +233,10 @@ class _Regimes:
             seen = told
         else:
             seen = told = [each for each in boundaries if each in (news, mark)]
-        chain, stretches = run.look_back(past, self.window, run.cuts([mark, *seen], news), needed=False)
+        cuts = [mark, *seen]
+        if not self.carry.joins:  # a later look-back will begin here, and calls are to stay as they are
+            cuts += [each for each in [news + -self.k2 % self.k1] if each < steps]
+        chain, stretches = run.look_back(past, self.window, run.cuts(cuts, news), needed=False)
         injected = run.counted
         pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))
