@@ -165,7 +165,7 @@ class TestWindows:
         with pytest.raises(ShapeError) as caught:
             estimator.estimate(model, averaged, estimator.init(model, B), window(4))
         # The first piece that is run: the head of the window, or up to where a later look-back will begin.
-        steps = 2 if estimator.k2 == 2 else 3 if estimator.replay == "retain" else 4
+        steps = 2 if estimator.k2 == 2 else 3 if estimator.k2 > estimator.k1 else 4
         came = came.replace("T", str(steps))
         refusal(caught, "one value for each step and lane", came, "already averaged", fix='reduction="none"')
 

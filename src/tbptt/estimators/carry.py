@@ -13,6 +13,7 @@ from torch import nn
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.history import History, Stretch
+from tbptt.estimators.replayable import joins_of
 from tbptt.estimators.retained import RetainedSegment, retained_from, retained_state
 from tbptt.length import Adaptive, Length, LengthState
 from tbptt.length.base import States, states_from
@@ -118,6 +119,8 @@ class ChainCarry:
 
         For a model whose calls cannot be cut elsewhere they begin with a call, and may be fewer.
         """
+        if self.joins is None and self.past.stretches:
+            self.joins = joins_of(model, self.past.stretches, self.dims, self.unit)
         return self.past.last(model, steps, self.dims, whole_calls=not self.joins)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Letters: T time, B lanes, N look-backs, P parameters.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -79,7 +80,7 @@ def drawn_estimate(
     # a segment begins where a part does, and where the next look-back, of whatever length, would
     all_cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
     if not carry.joins:
-        all_cuts |= {at for at in (news + -length % k1 for length in lookbacks) if at < total}
+        all_cuts |= {at for at in (news + -each % k1 for each in lookbacks if each < sys.maxsize) if at < total}
     cuts = run.cuts(all_cuts, news)
     chain: Chain
     if segment is None:

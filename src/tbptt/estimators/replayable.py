@@ -9,20 +9,20 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.segments import Segment
 from tbptt.side_state import SideState, as_then
-from tbptt.tree import Tree, detach, tensors, time_cat
+from tbptt.tree import LaneDims, Tree, detach, tensors, time_cat
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
 if TYPE_CHECKING:
     from tbptt.estimators.run import Run
 
-__all__ = ["MOST", "Digest", "cuts_between", "find_out", "refuse_other"]
+__all__ = ["MOST", "Digest", "cuts_between", "find_out", "joins_of", "refuse_other"]
 
 _ROUNDINGS = 1e3
 """The same steps, run with other kernels or in other pieces, may differ by so many roundings of the largest output."""
@@ -69,47 +69,84 @@ def find_out(run: Run, chain: Sequence[Segment], stretches: Sequence[Stretch]) -
         CapabilityError: other outputs came.
     """
     if run.carry.joins is None:
-        run.carry.joins = _joins(run, chain, stretches)
+        gave = [segment.outputs for segment in chain]
+        run.carry.joins = joins_of(run.model, stretches, run.carry.dims, run.carry.unit, gave)
         return
     newest = stretches[-1].side
     if SideState.of(run.model, device=run.device, like=newest) is not newest:
         run.carry.joins = False
 
 
-def _joins(run: Run, chain: Sequence[Segment], stretches: Sequence[Stretch]) -> bool | None:
-    unit = run.carry.unit
-    newest = stretches[-1]
-    half = newest.window.steps // 2 // unit * unit
-    first = len(stretches) - (1 if half or len(stretches) == 1 else 2)
-    moves, whole = False, [stretch.window for stretch in stretches[first:]]
-    for segment, stretch in zip(chain[first:], stretches[first:], strict=True):
-        with as_then(stretch.side, run.model, device=run.device):
-            again, _ = unroll(run.model, stretch.window, stretch.state, run.carry.dims)
-            moves |= SideState.of(run.model, device=run.device, like=stretch.side) is not stretch.side
-        if not _agree(again, segment.outputs):
-            refuse_other(run, stretch.window)
+def joins_of(
+    model: nn.Module,
+    stretches: Sequence[Stretch],
+    dims: LaneDims | None,
+    unit: int,
+    gave: Sequence[Tree] | None = None,
+) -> bool | None:
+    """Run the newest stretches again, and tell whether the model's calls may be joined and cut; see `find_out`.
+
+    Args:
+        stretches: consecutive ones, each a call of the model, oldest first.
+        dims: the lane dimensions of the state.
+        unit: steps that the model may be cut at multiples of.
+        gave: the outputs that they gave, with the same weights; None: the model is run twice.
+
+    Returns:
+        None where there are too few steps to tell.
+
+    Raises:
+        CapabilityError: other outputs came.
+    """
+    half = stretches[-1].window.steps // 2 // unit * unit
+    size = 1 if half or len(stretches) == 1 else 2
+    newest, known = stretches[-size:], None if gave is None else gave[-size:]
+    if any(stretch.side is None for stretch in newest):
+        return None
+    if known is None:
+        known, _ = _run(model, newest, dims)
+    again, moves = _run(model, newest, dims)
+    for stretch, one, other in zip(newest, again, known, strict=True):
+        if not _agree(one, other):
+            refuse_other(model, stretch.window)
     if moves:
         return False
-    if not half and len(whole) == 1:
+    if not half and size == 1:
         return None  # one step tells nothing of cuts
-    steps = Window.join(whole) if len(whole) > 1 else newest.window
+    first = newest[0]
+    whole = first.window if size == 1 else Window.join([stretch.window for stretch in newest])
     pieces: list[Tree] = []
-    state = stretches[first].state
-    with as_then(stretches[first].side, run.model, device=run.device):
-        for piece in [newest.window[:half], newest.window[half:]] if half else [steps]:
-            outputs, state = unroll(run.model, piece, state, run.carry.dims)
-            pieces.append(outputs)
-            state = detach(state)
-    return _agree(time_cat(pieces), time_cat([segment.outputs for segment in chain[first:]]))
+    state = first.state
+    try:
+        with as_then(first.side, model, device=whole.mask.device):
+            for piece in [whole[:half], whole[half:]] if half else [whole]:
+                outputs, state = unroll(model, piece, state, dims)
+                pieces.append(outputs)
+                state = detach(state)
+    except Exception:  # whatever a model says that cannot be cut there
+        return False
+    return _agree(time_cat(pieces), time_cat(list(known)))
 
 
-def refuse_other(run: Run, window: Window) -> None:
+def _run(model: nn.Module, stretches: Sequence[Stretch], dims: LaneDims | None) -> tuple[list[Tree], bool]:
+    """Run stretches, each from what it found; return the outputs, and whether any random number was drawn or so."""
+    found: list[Tree] = []
+    moves = False
+    for stretch in stretches:
+        device = stretch.window.mask.device
+        with as_then(stretch.side, model, device=device):
+            found.append(detach(unroll(model, stretch.window, stretch.state, dims)[0]))
+            moves |= SideState.of(model, device=device, like=stretch.side) is not stretch.side
+    return found, moves
+
+
+def refuse_other(model: nn.Module, window: Window) -> None:
     """Refuse a model that gave other outputs when a segment was run again.
 
     Raises:
         CapabilityError: always.
     """
-    name = type(run.model).__name__
+    name = type(model).__name__
     raise CapabilityError(
         f"{name} was expected to give the same outputs when the segment of steps {window.start} to "
         f"{window.start + window.steps - 1} is run again, but gave others, though its attributes and buffers and the "

@@ -224,7 +224,7 @@ class ReplayedChain:
                 state = self._again(each, state)
             plain = Digest(self._advance(piece, state)[0])
         if not plain.agrees(self.digests[index]) or not found.agrees(self.digests[index], MOST):
-            refuse_other(self.run, piece.steps)
+            refuse_other(self.run.model, piece.steps)
 
     def _again(self, index: int, state: Tree | None) -> Tree:
         """Run a segment again without a graph; return the state after it."""
