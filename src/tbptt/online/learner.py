@@ -353,8 +353,8 @@ class Online:
             self._update(self._pending.window(steps))
 
     def _update(self, window: Window) -> None:
-        loss = self.loss if window.targets is not None else _NO_LOSS
-        if loss.whole and window.num_targets < window.mask.numel():
+        loss = None if window.targets is not None else _NO_LOSS
+        if self.loss.whole and window.targets is not None and window.num_targets < window.mask.numel():
             raise CapabilityError(
                 f"a label for each step and lane was expected with a WindowLoss, but {window.num_targets} of "
                 f"{window.mask.numel()} came in the window at step {window.start}: the loss couples steps, and nothing "
