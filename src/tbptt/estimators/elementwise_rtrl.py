@@ -233,7 +233,7 @@ def _seen(each: _Units, part: int, segment: LaneSegment) -> list[str]:
             pairs.append((name, plain[name].view(shape), other[name].view(shape)))
     for what, ones, scaled in pairs:
         wanted = ones * scale[:, None].to(ones.dtype)
-        if bool((scaled - wanted).norm() > near * wanted.norm()):
+        if not bool((scaled - wanted).norm() <= near * wanted.norm()):  # so that NaN is refused
             raise CapabilityError(
                 f"an element-wise recurrence was expected, but a unit depends on another unit's part of {what}: its "
                 "influence would be wrong",
