@@ -152,3 +152,36 @@ def test_a_state_whose_lanes_change_is_refused() -> None:
 
     with pytest.raises(ShapeError, match=rf"expected to have {B} lanes in dimension 1, but has shape \(1, 2, 4\)"):
         unroll(Losing(D, H), Window(torch.randn(T, B, D)), None, (1,))
+
+
+class Clock(nn.Module):
+    """Counts its steps in a Python number, which it reads."""
+
+    def __init__(self, begin: bool, moves: bool = True) -> None:
+        super().__init__()
+        self.cell, self.moves = nn.GRUCell(2, 4), moves
+        if begin:
+            self.initial_state = lambda lanes: (torch.zeros(lanes, 4), 7)
+
+    def forward(self, inputs: Tensor, state: Any = None) -> Any:
+        hidden, count = (torch.zeros(inputs.shape[1], 4), 7) if state is None else state
+        for step in inputs:
+            hidden = self.cell(step * count, hidden)
+            count += self.moves
+        return hidden.expand(len(inputs), -1, -1), (hidden, count)
+
+
+@pytest.mark.parametrize("begin", [True, False], ids=["initial state", "none"])
+def test_a_number_that_all_lanes_share_is_not_reset_for_one(begin: bool) -> None:
+    inputs = torch.randn(6, 2, 2)
+    reset = torch.zeros(6, 2, dtype=torch.bool)
+    reset[3, 1] = True
+    single = Window(inputs, inputs, reset=reset)
+    with pytest.raises(CapabilityError, match=r"a Python number in it, 10: all lanes share it"):
+        unroll(Clock(begin), single, None, (0,))
+    _, state = unroll(Clock(begin, moves=False), single, None, (0,))  # a setting is what it is
+    assert state[1] == 7
+    both = reset.clone()
+    both[3] = True
+    _, state = unroll(Clock(begin), Window(inputs, inputs, reset=both), None, (0,))
+    assert state[1] == 10  # 7 again, and three steps

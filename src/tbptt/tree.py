@@ -236,6 +236,16 @@ def check_lanes(state: Tree, dims: LaneDims, lanes: int) -> None:
             )
 
 
+def numbers(tree: Tree) -> list[complex]:
+    """Return the Python numbers in `tree`, which all lanes share.
+
+    Example:
+        >>> numbers({"h": torch.zeros(2), "steps": 3, "name": "a"})
+        [3]
+    """
+    return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, (int, float, complex))]
+
+
 def where_lanes(chosen: Tensor, fresh: Tree, state: Tree, dims: LaneDims) -> Tree:
     """Return `state` with the `chosen` lanes taken from `fresh`; no gradient crosses into those.
 

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from tbptt.errors import CapabilityError
 from tbptt.model import check_outputs, initial_state, split_result
-from tbptt.tree import LaneDims, Tree, check_lanes, copy, replace_tensors, tensors, time_cat, time_slice, where_lanes
+from tbptt.side_state import preserved
+from tbptt.tree import (
+    LaneDims,
+    Tree,
+    check_lanes,
+    copy,
+    detach,
+    numbers,
+    replace_tensors,
+    tensors,
+    time_cat,
+    time_slice,
+    where_lanes,
+)
 from tbptt.window import Window
 
 __all__ = ["state_at_reset", "unroll"]
@@ -110,7 +124,8 @@ def state_at_reset(
     """Return the state that a step begins with, of which some lane starts anew; None if all do, or it is None.
 
     Raises:
-        CapabilityError: a single lane is to be reset and the lane dimensions are not known.
+        CapabilityError: a single lane is to be reset and the lane dimensions are not known; or a Python number in the
+            state is not what a sequence begins with.
     """
     if state is None or window.resets[step]:
         return None
@@ -120,4 +135,38 @@ def state_at_reset(
             "one lane more, so it is not known which dimension of its state holds the lanes",
             fix="let the model take any number of lanes, or reset all lanes at the same step",
         )
-    return where_lanes(window.reset[step], initial_state(model, window.lanes), state, dims)
+    fresh = initial_state(model, window.lanes)
+    _refuse_shared_numbers(model, window, step, fresh, state)
+    return where_lanes(window.reset[step], fresh, state, dims)
+
+
+_settings: WeakKeyDictionary[nn.Module, list[complex]] = WeakKeyDictionary()
+"""The numbers in a model's state that were seen not to change from call to call; none where one did."""
+
+
+def _refuse_shared_numbers(model: nn.Module, window: Window, step: int, fresh: Tree | None, state: Tree) -> None:
+    """Refuse Python numbers in the state that are not, at a reset of a single lane, what a sequence begins with.
+
+    Raises:
+        CapabilityError: there is one.
+    """
+    found = numbers(state)
+    if not found or (fresh is not None and numbers(fresh) == found):
+        return
+    if fresh is None:  # then those that no call changes are settings
+        if model not in _settings:
+            inputs = time_slice(window.inputs, step, window.steps)
+            with preserved(model, device=window.mask.device), torch.no_grad():
+                _, once = split_result(model, model(inputs, None))
+                before = numbers(once)
+                _, twice = split_result(model, model(inputs, detach(once)))
+            _settings[model] = before if before == numbers(twice) else []
+        if _settings[model] == found:
+            return
+    raise CapabilityError(
+        f"tensors with a lane dimension were expected in the state where a single lane begins anew (step {step} of the "
+        f"window), but {type(model).__name__} has a Python number in it, {found[0] if len(found) == 1 else found}: all "
+        "lanes share it, so it would go on where one of them begins anew",
+        fix="keep it as a tensor: torch.zeros(lanes, dtype=torch.int64) in initial_state(lanes); or reset all lanes "
+        "at the same step",
+    )
