@@ -233,7 +233,8 @@ def _exchanged(state: SideState, other: SideState, places: Iterable[str]) -> Sid
 def _is_generator(trial: Trial, place: str) -> bool:
     """Tell whether there is a random generator at a place, which may well be elsewhere in another chunk."""
     path, _, name = place.rpartition(".")
-    return any(generators_in(getattr(trial.model.get_submodule(path.partition(".")[2]), name, None), set()))
+    module = dict(trial.model.named_modules()).get(path.partition(".")[2])  # a scripted one has no get_submodule
+    return any(generators_in(getattr(module, name, None), set()))
 
 
 def _contents(state: SideState, place: str) -> list[Any]:
