@@ -326,7 +326,7 @@ CASES: list[tuple[Callable[[], nn.Module], str, str]] = [
         "reset",
         "state=None means something else than zeros",
     ),
-    (Clock, "reset", "a number in its state is shared by all lanes"),
+    (Clock, "reset", "has a Python number in it, "),
     (
         lambda: saying(lambda m, x, y: nn.functional.dropout(y, 0.5), "AlwaysDropsOut"),
         "randomness",
