@@ -177,6 +177,20 @@ class Ring(nn.Module):
         return new, (ring * (1 - here) + new[:, None] * here, place + 1)
 
 
+class Annealed(nn.Module):
+    """Gets quieter with each call of training, of which it keeps the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.head = nn.LSTM(FEATURES, HIDDEN), nn.Linear(HIDDEN, 2)
+        self.calls = 0
+
+    def forward(self, inputs, state=None):
+        self.calls += self.training and torch.is_grad_enabled()
+        outputs, state = self.core(inputs / (1 + self.calls), state)
+        return self.head(outputs), state
+
+
 class Counter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -357,6 +371,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "convolution": (Convolution, {"gradient carry"}),
     "ring buffer": (lambda: tbptt.scan(Ring()), set()),
     "counter": (Counter, {"gradient carry"}),
+    "annealed by calls": (Annealed, {"value carry"}),
     "weight norm": (lambda: parametrised(parametrizations.weight_norm), set()),
     "legacy weight norm": (legacy, set()),
     "spectral norm": (lambda: parametrised(parametrizations.spectral_norm), {"value carry"}),

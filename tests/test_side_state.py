@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.codec import decode, encode
+from tbptt.copies import OTHER
+from tbptt.side_changes import packed, unpacked
 from tbptt.side_state import SideState, preserved, replayed
 
 
@@ -103,14 +105,16 @@ def test_what_was_saved_restores_another_process() -> None:
     model = Restless()
     model(X)
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(encode(SideState.of(model).state_dict(), "side", tensors))
+    text = json.dumps(encode(packed([SideState.of(model)]), "side", tensors))
     wanted = [model(X) for _ in range(2)]
     other = Restless()
     torch.manual_seed(8)
     np.random.seed(8)
     random.seed(8)
     assert not torch.equal(other(X), wanted[0])  # the control
-    SideState.from_state_dict(decode(json.loads(text), tensors)).restore(other)
+    [state] = unpacked(decode(json.loads(text), tensors))
+    assert state is not None
+    state.restore(other)
     assert all(torch.equal(other(X), each) for each in wanted)
 
 
@@ -248,7 +252,8 @@ def test_weights_and_unknown_objects_are_not_touched() -> None:
         model.bag = None
     assert model.weight.tolist() == [2, 2, 2]
     assert model.bag.value == 1
-    assert {"bag", "parts", "itself"} <= set(state.state_dict()["others"]["0"])
+    left_out = {name for name, value in state.values["0"].items() if value is OTHER}
+    assert {"bag", "parts", "itself"} <= left_out
 
 
 def test_generators_come_back_after_an_error() -> None:

@@ -363,7 +363,9 @@ def test_compare_leaves_the_loss_as_it_was() -> None:
     assert loss.training
 
 
-@pytest.mark.parametrize("guard", [tbptt.AdaptiveClip(0.01), tbptt.ZClip(warm_up=2), tbptt.ClipNorm(0.01)], ids=["agc", "zclip", "norm"])
+@pytest.mark.parametrize(
+    "guard", [tbptt.AdaptiveClip(0.01), tbptt.ZClip(warm_up=2), tbptt.ClipNorm(0.01)], ids=["agc", "zclip", "norm"]
+)
 def test_guards_see_the_gradients_of_the_loss(guard: tbptt.Guard) -> None:
     run = with_loss(guards=[guard])
     before = own(run)["scale"]

@@ -11,8 +11,9 @@ from tbptt.coupling import refuse_coupled
 from tbptt.errors import ConfigError
 from tbptt.loss import Counted, Loss, StepLoss, added
 from tbptt.metrics import Metric
-from tbptt.model import eval_mode, find_lane_dims, fork_random
+from tbptt.model import eval_mode, find_lane_dims
 from tbptt.pathways import segment_steps
+from tbptt.side_state import preserved
 from tbptt.streams.base import Stream
 from tbptt.unroll import unroll
 
@@ -70,7 +71,7 @@ def evaluate(
     stream.rewind()
     start = stream.state_dict()
     try:
-        with torch.no_grad(), fork_random(device), eval_mode(model, step_loss.module):
+        with torch.no_grad(), preserved(device=device), eval_mode(model, step_loss.module):
             for window in stream.windows(steps):
                 window = window.to(device)
                 dims, looked = dims if looked else find_lane_dims(model, window.inputs), True

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError, ShapeError
 from tbptt.opaque import CONSTANTS
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, detach, leaf_names, tensors, time_slice, tree_map
 from tbptt.wrappers import bare, method_of, refuse_wrapped
 
@@ -390,7 +391,7 @@ def _one_lane_more(inputs: Tree) -> Tree:
 def _state_shapes(model: nn.Module, inputs: Tree) -> list[list[tuple[int, ...]]]:
     """Return the shapes of the state's tensors after one call and after two; empty if it cannot be run."""
     shapes: list[list[tuple[int, ...]]] = []
-    with fork_random(tensors(inputs)[0].device), torch.enable_grad(), left_as_it_was(model):  # some need a gradient
+    with preserved(model, device=tensors(inputs)[0].device), torch.enable_grad():  # some need a gradient
         try:
             state = initial_state(model, tensors(inputs)[0].shape[1])
             for _ in range(2):

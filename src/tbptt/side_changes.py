@@ -6,9 +6,10 @@ was there at the start. What never changes is a setting, is not saved, and so ma
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from tbptt.errors import CheckpointError
 from tbptt.opaque import is_container, parts
 from tbptt.side_state import SideState
 
-__all__ = ["SideChanges"]
+__all__ = ["SideChanges", "packed", "unpacked"]
 
 _MOST = 100_000  # parts of the objects of one module; what is larger (a data set, a tokenizer) is not looked into
 _OF_RNNS = ("_flat_weights", "_flat_weight_refs")  # of torch.nn's: renewed by themselves when weights are exchanged
@@ -128,6 +129,83 @@ class SideChanges:
                     held: list[Any] = []
                     found[room, name] = tuple(_traits(value, weights, set(), held)), held
         return found
+
+
+def packed(sides: Sequence[SideState | None]) -> dict[str, Any]:
+    """Return several of one model's as plain values: copies that they share are there once.
+
+    Of what no file can hold (functions, objects) there are the names alone.
+    """
+    contents: list[Any] = []
+    places: dict[int, int] = {}
+
+    def place(content: Any) -> int:
+        if id(content) not in places:
+            places[id(content)] = len(contents)
+            contents.append(_with_arrays_as_tensors(to_plain(content)))
+        return places[id(content)]
+
+    fitting: dict[int, bool] = {}
+
+    def fits(content: Any) -> bool:
+        if id(content) not in fitting:
+            fitting[id(content)] = _fits_a_file(content)
+        return fitting[id(content)]
+
+    found: list[Any] = []
+    for side in sides:
+        if side is None:
+            found.append(None)
+            continue
+        values = {
+            room: {name: place(value) if fits(value) else -1 for name, value in each.items()}
+            for room, each in side.values.items()
+        }
+        found.append({"generators": {name: place(each) for name, each in side.generators.items()}, "values": values})
+    return {"contents": contents, "sides": found}
+
+
+def unpacked(state: Mapping[str, Any]) -> list[SideState | None]:
+    """Return what `packed` described; what was left out there stays in the modules as it is."""
+    contents = [from_plain(_with_arrays(each)) for each in state["contents"]] + [OTHER]  # -1
+    return [
+        None
+        if each is None
+        else SideState(
+            {name: contents[place] for name, place in each["generators"].items()},
+            {room: {name: contents[place] for name, place in named.items()} for room, named in each["values"].items()},
+        )
+        for each in state["sides"]
+    ]
+
+
+def _with_arrays_as_tensors(plain: Any) -> Any:
+    """Return plain values of which whoever moves a carry to a device can move all."""
+    if isinstance(plain, np.ndarray):
+        numbers = np.frombuffer(plain.tobytes(), np.uint8)
+        return ("$array", torch.from_numpy(numbers.copy()), plain.dtype.str, list(plain.shape))
+    return _each(plain, _with_arrays_as_tensors)
+
+
+def _with_arrays(plain: Any) -> Any:
+    """Return what `_with_arrays_as_tensors` was given."""
+    if type(plain) is tuple and len(plain) == 4 and isinstance(plain[0], str) and plain[0] == "$array":
+        _, numbers, dtype, shape = plain
+        return np.frombuffer(numbers.cpu().numpy().tobytes(), dtype).reshape(shape).copy()
+    return _each(plain, _with_arrays)
+
+
+def _each(plain: Any, function: Callable[[Any], Any]) -> Any:
+    if type(plain) in (list, tuple):
+        return type(plain)(function(each) for each in plain)
+    if type(plain) is deque:
+        return deque((function(each) for each in plain), plain.maxlen)
+    if isinstance(plain, dict):
+        found = copy.copy(cast("dict[Any, Any]", plain))  # of its own kind
+        for key, each in found.items():
+            found[key] = function(each)
+        return found
+    return plain
 
 
 def _rooms(modules: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:

@@ -23,17 +23,14 @@ from tbptt.copies import (
     ATOMS,
     OTHER,
     copied,
-    from_plain,
     generators_in,
-    is_savable,
     put_back,
     same,
     set_state,
     state_of,
-    to_plain,
 )
 
-__all__ = ["SideState", "preserved", "replayed"]
+__all__ = ["SideState", "as_then", "preserved", "replayed"]
 
 _Holder: TypeAlias = MutableMapping[str, Any]
 """Where a module keeps attributes, or buffers, by name."""
@@ -104,37 +101,13 @@ class SideState:
                     moved.add(f"{room.removesuffix(':buffers')}.{name}")
         return names + sorted(moved)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return it as plain values and tensors; of what a file cannot hold (functions, objects) the names alone."""
-        return {
-            "generators": dict(self.generators),
-            "values": {
-                room: {name: to_plain(value) for name, value in each.items() if is_savable(value)}
-                for room, each in self.values.items()
-            },
-            "others": {
-                room: [name for name, value in each.items() if not is_savable(value)]
-                for room, each in self.values.items()
-            },
-        }
-
-    @staticmethod
-    def from_state_dict(state: Mapping[str, Any]) -> SideState:
-        """Return what `state_dict` described; what was left out there stays in the modules as it is."""
-        return SideState(
-            dict(state["generators"]),
-            {
-                room: {name: from_plain(plain) for name, plain in state["values"][room].items()}
-                | dict.fromkeys(names, OTHER)
-                for room, names in state["others"].items()
-            },
-        )
-
     def _install(self, modules: tuple[nn.Module, ...], *, in_place: bool) -> None:
         """Put the values into the modules: into what is there, or as copies in its place."""
         made: dict[int, Any] = {}
         for place, holder in _holders(modules):
-            values = self.values.get(place, {})
+            values = self.values.get(place)
+            if values is None:  # a module that was not there: nothing is known of it
+                continue
             for name in [name for name in holder if name not in _OWN_OF_MODULES and name not in values]:
                 del holder[name]
             for name, content in values.items():
@@ -180,6 +153,13 @@ def replayed(past: SideState, *modules: nn.Module, device: torch.device | None =
         for generator, state in kept:
             set_state(generator, state)
         _set_global_generators(generators)
+
+
+@contextmanager
+def as_then(past: SideState | None, *modules: nn.Module, device: torch.device | None = None) -> Generator[None]:
+    """Run the block as it was then, or on copies of what is there now if that is not known; see `replayed`."""
+    with preserved(*modules, device=device) if past is None else replayed(past, *modules, device=device):
+        yield
 
 
 class _ScriptBuffers(MutableMapping[str, Any]):
@@ -231,7 +211,7 @@ def _collect(module: nn.Module, place: str, found: list[tuple[str, _Holder]], se
 
 def _copies(holder: _Holder, known: Mapping[str, Any] | None, seen: dict[int, Any]) -> Mapping[str, Any]:
     """Return copies of what a module keeps; `known` itself, an earlier return value, where nothing has changed."""
-    before = known or {}
+    before: Mapping[str, Any] = {} if known is None else known
     found: dict[str, Any] = {}
     unmoved = known is not None
     for name, value in holder.items():

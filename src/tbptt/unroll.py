@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -51,6 +52,7 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
     Raises:
         CapabilityError: a single lane is to be reset and the lane dimensions are not known, or a number in the state,
             which all lanes share, is not the one that a sequence starts with.
+        CapabilityError: batch normalisation over one step of one lane.
         ShapeError: the state's lanes have changed, or an output has no value for each step and lane.
 
     Cost: one call of the model, and a copy of the state, for each stretch between resets.
@@ -65,13 +67,28 @@ def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims 
         # a copy: the model may write into it, and both the caller and the graph of the stretch before need theirs
         state = initial_state(model, window.lanes) if state is None else copy(state)
         inputs = time_slice(window.inputs, begin, end) if len(cuts) > 2 else window.inputs
-        outputs, after = split_result(model, model(inputs, state))
+        outputs, after = split_result(model, _called(model, inputs, state, end - begin, window.lanes))
         state = _of_its_own_types(model, after, state)
         check_outputs(model, outputs, end - begin, window.lanes)
         pieces.append(outputs)
     if dims is not None:
         check_lanes(state, dims, window.lanes)
     return time_cat(pieces), state
+
+
+def _called(model: nn.Module, inputs: Tree, state: Tree | None, steps: int, lanes: int) -> Any:
+    try:
+        return model(inputs, state)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise CapabilityError(
+            f"a stretch of more steps or lanes was expected for the batch normalisation of {type(model).__name__}, but "
+            f"it came to {steps} step{'s' * (steps > 1)} of {lanes} lane{'s' * (lanes > 1)}, as where a sequence ends "
+            "or begins at a window's edge: there is no variance of one value",
+            fix="more lanes; windows whose edges do not lie one step beside a reset; or nn.GroupNorm or nn.LayerNorm, "
+            "which look at one step",
+        ) from error
 
 
 def _of_its_own_types(model: nn.Module, after: Tree, before: Tree | None) -> Tree:
@@ -111,7 +128,7 @@ def state_at_reset(
         CapabilityError: a single lane is to be reset and the lane dimensions are not known, or a number in the state,
             which all lanes share, is not the one that a sequence starts with.
 
-    Cost: a copy of the state; where it has plain numbers and the model no initial state, two calls of the model too.
+    Cost: a copy of the state; where it has plain numbers and the model no initial state, once a few calls of it, too.
     """
     if state is None or window.resets[step]:
         return None
@@ -146,6 +163,15 @@ def _refuse_folded(model: nn.Module, window: Window, state: Tree) -> None:
 def _unchanging(model: nn.Module, window: Window, step: int) -> dict[str, Any]:
     """Return the plain values of the state that are the same after the first and the second call of a sequence."""
     model = getattr(model, "held", [model])[0]  # `PerLane` has the model itself aside, with all that it keeps
+    if model not in _unchanging_values:
+        _unchanging_values[model] = _found_unchanging(model, window, step)
+    return _unchanging_values[model]
+
+
+_unchanging_values: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
+def _found_unchanging(model: nn.Module, window: Window, step: int) -> dict[str, Any]:
     for piece in (window[step : step + 1], window):  # some models take no single step
         seen = [plain_values(state) for state in states_of(model, piece)[-1] if state is not None]
         if len(seen) > 1:

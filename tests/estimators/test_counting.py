@@ -80,7 +80,7 @@ def small_cases() -> list[tuple[TBPTT, int | None]]:
 SMALL = small_cases()
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [0, 7, *(pytest.param(each, marks=pytest.mark.slow) for each in range(1, 7))])
 def test_every_small_case(part: int) -> None:
     """All k1 <= 6, k2 <= 8, T = 12, one lane, at most one reset, all `losses` and `replay`."""
     cases = SMALL[part::8]

@@ -86,7 +86,7 @@ def assert_norms(estimate: Estimate, norms: list[float], k1: int, end: int) -> N
     torch.testing.assert_close(estimate.boundary_norms, wanted, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 25))
+@pytest.mark.parametrize("first", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in range(25, 200, 25))])
 def test_both_replays_clip_between_windows_and_nowhere_else(first: int) -> None:
     for seed in range(first, first + (5 if first else 25)):
         k1, k2, steps, inputs, targets = drawn(seed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tbptt import ARTBP, TBPTT, Alarms, FullBPTT, Mixture, Telescope, Trainer, Window
 from tbptt.errors import ConfigError, ShapeError
-from tbptt.estimators import Estimator, artbp
+from tbptt.estimators import Estimate, Estimator, artbp
 from tbptt.models import InfluenceBalancingModel
 from tbptt.streams import InfluenceBalancing
 from tbptt.testing import Recording
@@ -44,9 +44,15 @@ def summed(
         window = Window(*(part[at : at + size] for part in parts), start=at)
         estimate, carry = estimator.estimate(model, squared, carry, window)
         if estimate.num_injected:
-            total = total + estimate.weight * torch.cat([each.flatten() for each in estimate.gradients.values()])
+            total = total + estimate.weight * flat(estimate, model)
         at += size
     return total
+
+
+def flat(estimate: Estimate, model: nn.Module) -> Tensor:
+    """A gradient as one vector; zeros where nothing arrived."""
+    named = model.named_parameters()
+    return torch.cat([estimate.gradients.get(name, torch.zeros_like(each)).flatten() for name, each in named])
 
 
 def few(name: str) -> tuple[nn.Module, Recording]:
@@ -155,7 +161,7 @@ def test_each_outcome_of_two_has_its_weight(name: str) -> None:
                 far = plain(recording, model, at, at + 4, max(0, at + 4 - long))
                 drawn = bool(estimate.metrics["drawn"])
                 wanted = near + factor * (far - near) if drawn else near
-                found = estimate.weight * torch.cat([each.flatten() for each in estimate.gradients.values()])
+                found = estimate.weight * flat(estimate, model)
                 assert relative({"": found}, {"": wanted}) < 1e-10
                 seen.add(drawn)
         assert seen == {False, True}

@@ -121,8 +121,12 @@ def last_estimate(estimator: tbptt.Estimator, model: nn.Module, window: tbptt.Wi
 
 
 def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Return the relative distance of two gradients, all parameters together."""
-    one, two = (torch.cat([each[name].flatten() for name in left]) for each in (left, right))
+    """Return the relative distance of two gradients, all parameters together; one that is not there is zero."""
+    like = left | right
+    one, two = (
+        torch.cat([each.get(name, torch.zeros_like(value)).flatten() for name, value in like.items()])
+        for each in (left, right)
+    )
     return float((one - two).norm() / two.norm())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt.errors import CapabilityError
-from tbptt.model import fork_random
+from tbptt.side_state import preserved
 from tbptt.tree import Tree, copy, detach, leaves, tensors
 
 __all__ = ["Inside"]
@@ -64,7 +64,7 @@ class Inside:
         with torch.inference_mode(False):  # these copies stay in the module
             held = {name: _copied(value) for name, value in before.items()}
         try:
-            with torch.no_grad(), fork_random(tensors(inputs)[0].device):
+            with torch.no_grad(), preserved(device=tensors(inputs)[0].device):
                 module.eval()
                 self.call(module, inputs)
         finally:

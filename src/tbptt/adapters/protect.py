@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tbptt.model import fork_random, left_as_it_was
+from tbptt.side_state import preserved
 from tbptt.tree import Tree, as_leaves, copy, differentiable, tensors, tree_map
 from tbptt.weights import Saved, copy_to_save
 
@@ -96,7 +96,7 @@ def overwrites_what_it_needs(
         start: number of lanes -> what the first call is given as its state.
     """
     one_lane = tree_map(lambda leaf: leaf[:, :1].detach(), inputs)
-    with torch.enable_grad(), fork_random(tensors(inputs)[0].device), left_as_it_was(module):
+    with torch.enable_grad(), preserved(module, device=tensors(inputs)[0].device):
         for sample in (one_lane, tree_map(Tensor.detach, inputs)):
             try:
                 outputs, state = call(module, sample, start(tensors(sample)[0].shape[1]))

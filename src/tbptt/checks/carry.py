@@ -67,6 +67,8 @@ def _values_in(trial: Trial, values: Values) -> tuple[CheckItem | None, str]:
     if values.aside.statistic:
         kept = ", ".join(values.aside.names)
         note = f"{where}each call moves {kept}, which all lanes share: held still here"
+        if values.aside.calls:
+            note = f"{where}{kept} depends on how many calls there were, and so on k1: held still here"
     refused = found["chunks"] if isinstance(found["chunks"], str) else ""
     if not values.wrong and not refused:
         return None, note

@@ -12,7 +12,7 @@ from tbptt.checks.report import CheckItem
 from tbptt.checks.trial import Trial, row
 from tbptt.checks.values import Facts, exceeds
 from tbptt.side_state import SideState
-from tbptt.tree import Tree, as_leaves, clone, detach, leaf_names, leaves, num_bytes, replace_tensors, tensors, tree_map
+from tbptt.tree import Tree, as_leaves, clone, detach, leaf_names, num_bytes, replace_tensors, tensors, tree_map
 from tbptt.unroll import unroll
 from tbptt.window import Window
 
@@ -178,14 +178,7 @@ def _why_not(trial: Trial, lane: float, others: float) -> causes.Cause:
     _, old = trial.run(window[:middle], None)
     there = SideState.of(trial.model, device=trial.device)
     _with_numbers_of(trial, there)
-    fresh, first = detach(trial.run(window[middle:], None))
-    if [each for each in leaves(old) if not isinstance(each, Tensor)] != [
-        each for each in leaves(first) if not isinstance(each, Tensor)
-    ] or _plain_counts(trial, old):
-        return (
-            "a number in its state is shared by all lanes: it is no tensor, and goes on where one lane begins anew",
-            "keep it as a tensor with a lane dimension: torch.zeros(lanes, dtype=torch.int64)",
-        )
+    fresh = detach(trial.run(window[middle:], None)[0])
     if others > trial.value_tolerance:
         return causes.unknown(f"the lanes that go on change when another is reset ({others:.0e})")
     zeros = tree_map(torch.zeros_like, clone(old))
@@ -194,14 +187,6 @@ def _why_not(trial: Trial, lane: float, others: float) -> causes.Cause:
     if from_zeros > trial.value_tolerance:
         return causes.STARTS_ELSEWHERE
     return causes.unknown(f"a lane that is reset is not one that starts anew ({lane:.0e}), though zeros are its start")
-
-
-def _plain_counts(trial: Trial, old: Tree) -> bool:
-    """Tell whether a plain number of the state moves from call to call."""
-    middle = trial.plans["chunks"][0]
-    _, later = trial.run(trial.window[:middle], clone(old))
-    numbers = [[each for each in leaves(tree) if not isinstance(each, Tensor)] for tree in (old, later)]
-    return numbers[0] != numbers[1]
 
 
 def _other_lanes(trial: Trial, outputs: Tree, found: Tree) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tbptt.checks.precision import apart
 from tbptt.checks.steady import Operations, Watched
 from tbptt.checks.trial import Conditions, Trial, attempt
-from tbptt.copies import generators_in
+from tbptt.copies import generators_in, same
 from tbptt.side_state import SideState
 from tbptt.tree import Tree, all_finite, clone, detach, tree_map
 from tbptt.window import Window
@@ -31,13 +31,15 @@ class Aside:
         apart: how far a chunk is from itself, given the same state and random numbers, with all else as at the start.
         places: what is kept in the modules and moved; empty where what it is could not be found in them.
         lanes: whether that has a size for each lane, as a state has.
-        counts: whether it is, or has in it, a Python number that counts.
+        counts: whether it is, or has in it, a Python number that counts steps or data.
+        calls: whether it depends on how many calls of training there were, and on nothing else, as annealing does.
     """
 
     apart: float = 0.0
     places: tuple[str, ...] = ()
     lanes: bool = False
     counts: bool = False
+    calls: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -199,8 +201,21 @@ def _aside(trial: Trial) -> Aside:
     if exceeds(other(()), trial.value_tolerance):
         return Aside(found)
     places = tuple(place for place in moved if exceeds(other([place]), trial.value_tolerance)) or tuple(moved)
-    counts = any(type(each) is int for place in places for each in _contents(there, place))
-    return Aside(found, places, _has_lanes(trial, places), counts)
+    numbers = any(type(each) is int for place in places for each in _contents(there, place))
+    calls = trial.conditions.train and _counts_calls(trial, places)
+    return Aside(found, places, _has_lanes(trial, places), numbers and not calls, calls)
+
+
+def _counts_calls(trial: Trial, places: tuple[str, ...]) -> bool:
+    """Tell whether what is kept is the same after one call, whatever the inputs and however many steps."""
+    ends: list[list[Any]] = []
+    reversed_steps = Window(tree_map(lambda leaf: leaf.flip(0), trial.window.inputs))
+    for window in (trial.window[: trial.plans["chunks"][0]], reversed_steps):
+        trial.restart()
+        trial.run(window, None)
+        now = SideState.of(trial.model, device=trial.device)
+        ends.append([_contents(now, place) for place in places])
+    return same(*ends)
 
 
 def _exchanged(state: SideState, other: SideState, places: Iterable[str]) -> SideState:
@@ -218,7 +233,8 @@ def _exchanged(state: SideState, other: SideState, places: Iterable[str]) -> Sid
 def _is_generator(trial: Trial, place: str) -> bool:
     """Tell whether there is a random generator at a place, which may well be elsewhere in another chunk."""
     path, _, name = place.rpartition(".")
-    return any(generators_in(getattr(trial.model.get_submodule(path.partition(".")[2]), name, None), set()))
+    module = dict(trial.model.named_modules()).get(path.partition(".")[2])  # a scripted one has no get_submodule
+    return any(generators_in(getattr(module, name, None), set()))
 
 
 def _contents(state: SideState, place: str) -> list[Any]:

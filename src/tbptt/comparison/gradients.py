@@ -24,8 +24,9 @@ from tbptt.estimators.gradients import own
 from tbptt.estimators.predictor import PREFIX
 from tbptt.estimators.segments import Segment, pull_back
 from tbptt.loss import StepLoss
-from tbptt.model import find_lane_dims, left_as_it_was, trainable_parameters
+from tbptt.model import find_lane_dims, trainable_parameters
 from tbptt.randomness import seed_everything
+from tbptt.side_state import preserved
 from tbptt.tree import as_real, detach
 
 __all__ = ["Draws", "Reference", "draw", "full_gradients"]
@@ -135,7 +136,7 @@ def draw(
     for repeat in range(repeats):
         number = seed * repeats + repeat  # so that another seed has no draw in common
         seed_everything(number % 2**32)
-        with left_as_it_was(model):
+        with preserved(model, device=excerpt.window.mask.device):
             gradients, lookback = _one_draw(model, reseeded(estimator, number), loss, excerpt, reference)
         lookbacks.append(lookback)
         rows.append(gradients - reference.gradients)

@@ -163,7 +163,7 @@ class ARTBP(Estimator):
         check_window(window, carry, self.next_steps(carry))
         carry = carry.with_dims(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
-        past = carry.past.last(model, carry.past.steps, carry.dims)
+        past = carry.last(model, carry.past.steps)
         steps = carry.past.steps + window.steps
         chain, stretches = run.look_back(past, window, range(0, steps, self.block))
         begins = np.cumsum([0, *(segment.steps for segment in chain)]).tolist()

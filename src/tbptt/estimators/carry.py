@@ -13,12 +13,14 @@ from torch import nn
 
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.history import History, Stretch
-from tbptt.estimators.retained import RetainedSegment
+from tbptt.estimators.replayable import joins_of
+from tbptt.estimators.retained import RetainedSegment, retained_from, retained_state
 from tbptt.length import Adaptive, Length, LengthState
 from tbptt.length.base import States, states_from
 from tbptt.model import find_lane_dims
 from tbptt.pathways import in_segments, segment_steps
 from tbptt.rereading import Rereading
+from tbptt.side_changes import packed, unpacked
 from tbptt.tree import LaneDims, Tree, all_finite, tensors
 from tbptt.window import Window
 
@@ -42,6 +44,8 @@ class ChainCarry:
         running: running means that it draws by; None for one of nothing yet.
         looked: whether the lane dimensions were looked for.
         loss_looked: whether the loss was looked at, if it is one of single steps; set in place, once it is known.
+        joins: whether the model's calls may be joined, and cut elsewhere, when steps are run again: it draws nothing,
+            moves nothing, and its outputs are the same. None: not known yet; set in place, see `replayable`.
         unit: steps of a segment, where the model is cut into segments: all cuts are multiples of it. Else 1.
     """
 
@@ -57,6 +61,7 @@ class ChainCarry:
     unit: int = 1
     looked: bool = field(default=False, repr=False)
     loss_looked: bool = field(default=False, repr=False)
+    joins: bool | None = field(default=None, repr=False)
 
     @property
     def finite(self) -> bool:
@@ -109,6 +114,15 @@ class ChainCarry:
         """
         return -window.steps % self.unit
 
+    def last(self, model: nn.Module, steps: int) -> Stretch | None:
+        """Return the last `steps` steps before the window, all there are if that is fewer; None for none.
+
+        For a model whose calls cannot be cut elsewhere they begin with a call, and may be fewer.
+        """
+        if self.joins is None and self.past.stretches:
+            self.joins = joins_of(model, self.past.stretches, self.dims, self.unit)
+        return self.past.last(model, steps, self.dims, whole_calls=not self.joins)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the carry as plain values and tensors; graphs are left out and built again when needed."""
         return {
@@ -116,12 +130,13 @@ class ChainCarry:
             "state": self.state,
             "dims": self.dims,
             "looked": self.looked,
-            "past": [stretch.state_dict() for stretch in self.past.stretches],
+            "past": _past_of(self),
             "windows": list(self.windows),
-            "retained": [segment.state_dict() for segment in self.retained],
+            "retained": retained_state(self.retained),
             "lengths": {name: each.state_dict() for name, each in self.lengths.items()},
             "draws": self.draws,
             "running": list(self.running),
+            "joins": self.joins,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,9 +149,30 @@ class ChainCarry:
         self.state, self.looked, self.draws = state["state"], state["looked"], state["draws"]
         self.running, self.windows = tuple(state["running"]), tuple(state.get("windows", ()))
         self.dims = None if state["dims"] is None else tuple(state["dims"])
-        self.past = History(tuple(Stretch.from_state_dict(each) for each in state["past"]))
+        self.past = _past_from(state["past"])
+        self.joins = state.get("joins")
         self.lengths = states_from(state["lengths"])
-        self.retained = tuple(RetainedSegment.from_state_dict(each) for each in state["retained"])
+        self.retained = retained_from(state["retained"])
+
+
+def _past_of(carry: ChainCarry) -> dict[str, Any]:
+    stretches = carry.past.stretches
+    return {
+        "stretches": [
+            {"window": each.window.state_dict(), "state": each.state, "calls": list(each.calls)} for each in stretches
+        ],
+        # what draws and moves nothing is the same from whatever it finds
+        "sides": packed([None if carry.joins else each.side for each in stretches]),
+    }
+
+
+def _past_from(state: dict[str, Any] | list[dict[str, Any]]) -> History:
+    if isinstance(state, list):  # of a version that kept no side states: the model draws anew
+        return History(tuple(Stretch(Window(**each["window"]), each["state"]) for each in state))
+    pairs = zip(state["stretches"], unpacked(state["sides"]), strict=True)
+    return History(
+        tuple(Stretch(Window(**each["window"]), each["state"], side, tuple(each["calls"])) for each, side in pairs)
+    )
 
 
 def unit_of(model: nn.Module, **lengths: int | Length | Sequence[int] | None) -> int:

@@ -6,6 +6,7 @@ Letters: T time, B lanes, N look-backs, P parameters.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ from tbptt.errors import ConfigError
 from tbptt.estimators.base import Estimate
 from tbptt.estimators.carry import ChainCarry, check_window
 from tbptt.estimators.gradients import Gradients, add, numbers_of, scaled
+from tbptt.estimators.replayable import cuts_between
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain
 from tbptt.estimators.run import Run
 from tbptt.estimators.segments import Chain, Pulled, norm_of, walk_back
@@ -69,21 +71,26 @@ def drawn_estimate(
     check_window(window, carry, k1)
     carry = carry.for_window(model, window)
     run = Run(model, StepLoss.of(loss), carry, keep_outputs=keep_outputs)
-    missing = carry.missing(window)
-    past = carry.past.last(model, lookbacks[drawn.reached] - window.steps - missing, carry.dims)
+    # of a model whose calls cannot be cut elsewhere, a look-back begins where it would if the window were full
+    missing = carry.missing(window) if carry.joins else -window.steps % k1
+    past = carry.last(model, lookbacks[drawn.reached] - window.steps - missing)
     news = 0 if past is None else past.window.steps
     total = news + window.steps
     end = total + missing
     # a segment begins where a part does, and where the next look-back, of whatever length, would
     all_cuts = {max(0, at) for length in lookbacks for at in (end - length, end + k1 - length) if at < total}
+    if not carry.joins:
+        all_cuts |= {at for at in (news + -each % k1 for each in lookbacks if each < sys.maxsize) if at < total}
     cuts = run.cuts(all_cuts, news)
     chain: Chain
     if segment is None:
         chain, stretches = run.look_back(past, window, cuts)
         injected, state, sizes = run.counted, detach(chain[-1].end), [each.steps for each in chain]
     else:
-        pieces = HeldPieces(past, window, {*cuts, *range(0, news, segment), *range(news, total, segment)})
-        chain = ReplayedChain(run, pieces, carry.state if past is None else past.state, None)
+        shorter = [*range(0, news, segment), *range(news, total, segment)]  # which change nothing
+        all_cuts = [*cuts_between(run, past, cuts, needed=True), *cuts_between(run, past, shorter, needed=False)]
+        pieces = HeldPieces(past, window, all_cuts)
+        chain = ReplayedChain(run, pieces, past, None)
         stretches, injected, state = chain.stretches, chain.counted, chain.state
         sizes = [end - begin for begin, end in pieces.spans]
     pulled, squares = _pull(run, chain, sizes, injected, [each - missing for each in lookbacks], drawn)

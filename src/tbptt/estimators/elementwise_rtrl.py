@@ -15,8 +15,9 @@ from tbptt.errors import CapabilityError
 from tbptt.estimators.forward_mode import CarriedInfluence, Influence
 from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.sparsity import initial_segment, rounding, tried_step
-from tbptt.model import find_lane_dims, fork_random, left_as_it_was, trainable_parameters
+from tbptt.model import find_lane_dims, trainable_parameters
 from tbptt.recurrence import Recurrence, recurrences_of
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, tensors
 from tbptt.window import Window
 
@@ -179,7 +180,7 @@ def _examined(model: nn.Module, inputs: Tree) -> tuple[list[_Units], dict[str, s
     """
     declared = _declared(model)
     dims = find_lane_dims(model, inputs)
-    with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
+    with preserved(model, device=tensors(inputs)[0].device):
         torch.manual_seed(0)
         steps = tensors(inputs)[0].shape[0]
         tried = [tried_step(model, inputs, at % steps, dims, moved=by) for at, by in enumerate((0.0, *_SCALES))]
@@ -232,7 +233,7 @@ def _seen(each: _Units, part: int, segment: LaneSegment) -> list[str]:
             pairs.append((name, plain[name].view(shape), other[name].view(shape)))
     for what, ones, scaled in pairs:
         wanted = ones * scale[:, None].to(ones.dtype)
-        if bool((scaled - wanted).norm() > near * wanted.norm()):
+        if not bool((scaled - wanted).norm() <= near * wanted.norm()):  # so that NaN is refused
             raise CapabilityError(
                 f"an element-wise recurrence was expected, but a unit depends on another unit's part of {what}: its "
                 "influence would be wrong",

@@ -17,6 +17,7 @@ from tbptt.estimators.base import Estimate, Estimator
 from tbptt.estimators.boundary import ClipBoundary, rule_at
 from tbptt.estimators.carry import ChainCarry, check_window, unit_of
 from tbptt.estimators.history import History, Stretch
+from tbptt.estimators.replayable import cuts_between
 from tbptt.estimators.replayed import HeldPieces, ReplayedChain, RereadPieces
 from tbptt.estimators.run import Run
 from tbptt.length.base import check_whole
@@ -24,7 +25,6 @@ from tbptt.loss import Loss, StepLoss
 from tbptt.model import check_trainable
 from tbptt.pathways import in_segments
 from tbptt.rereading import Readable, Rereading
-from tbptt.tree import Tree
 from tbptt.window import Window
 
 __all__ = ["FullBPTT"]
@@ -144,22 +144,28 @@ class FullBPTT(Estimator):
         first = window if isinstance(window, Window) else window.first
         carry = carry.with_dims(model, first)
         past = None if first.resets.get(0) else self._past(carry)
-        start = carry.state if past is None else past.state
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         if isinstance(window, Window):
             news = 0 if past is None else past.window.steps
             size = self.segment or in_segments(math.ceil(math.sqrt(news + window.steps)), carry.unit)
-            cuts = [*range(0, news, size), *range(news, news + window.steps, size)]
-            pieces = HeldPieces(past, window, cuts)
+            anew = news + max((step for step, every in window.resets.items() if every), default=0)
+            cuts = {*range(0, news, size), anew, *range(news, news + window.steps, size)}
+            pieces = HeldPieces(past, window, cuts_between(run, past, cuts, needed=False))
+            since = next(index for index, (begin, _) in enumerate(pieces.spans) if begin == anew) if anew > news else 0
         else:
-            pieces = RereadPieces(window)
-        chain = ReplayedChain(run, pieces, start, self.checkpoints)
+            pieces, since = RereadPieces(window), 0
+        chain = ReplayedChain(run, pieces, past, self.checkpoints, since)
         pulled = run.pull(chain, chain.counted, boundary=rule_at(self.boundary, carry.dims))
         if self.keep_outputs and not chain.counted:  # then nothing was pulled, and only the newest outputs are there
             for index in reversed(range(len(chain))):
                 chain[index]
         run.newest_first()
-        held = History() if isinstance(pieces, RereadPieces) else History((_since_the_start(pieces.whole, start),))
+        held = History()
+        if isinstance(pieces, HeldPieces):
+            begin = pieces.spans[since][0]
+            calls = tuple(first - begin for first, _ in pieces.spans[since:])
+            state = None if begin else (carry.state if past is None else past.state)
+            held = History((Stretch(pieces.whole[begin:], state, chain.side, calls),))
         steps = window.steps if isinstance(pieces, RereadPieces) else pieces.whole.steps
         counted = {"checkpoints": float(chain.most_kept), "advances": float(chain.num_advances)}
         estimate = run.estimate(pulled, chain.counted, steps, metrics=counted)
@@ -176,9 +182,3 @@ class FullBPTT(Estimator):
                 fix="FullBPTT(k1=...) with windows that are held, or a stream that resets at the start of a pass",
             )
         return None
-
-
-def _since_the_start(whole: Window, start: Tree | None) -> Stretch:
-    """Return the steps since all lanes last started a new sequence together."""
-    begin = max((step for step, every in whole.resets.items() if every), default=0)
-    return Stretch(whole[begin:], None if begin else start)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tbptt.errors import TbpttError
 from tbptt.estimators.base import by_owner
 from tbptt.loss import StepLoss
-from tbptt.model import fork_random, left_as_it_was, random_from, random_states, with_parameters
+from tbptt.model import with_parameters
+from tbptt.side_state import SideState, preserved, replayed
 from tbptt.tree import LaneDims, Tree, replace_tensors, tensors
 from tbptt.unroll import unroll
 from tbptt.weights import UsesOf, in_place
@@ -97,10 +98,10 @@ class Particles:
         Returns:
             The losses by step, zero where a target does not count, shape (N, T, B); and the states after.
         """
-        random = random_states(window.mask.device)
+        side = SideState.of(self.model, device=window.mask.device)
         if not vectorized:
-            return self._one_by_one(noise, window, own, common, random)
-        with random_from(random, window.mask.device), left_as_it_was(self.model):
+            return self._one_by_one(noise, window, own, common, side)
+        with replayed(side, self.model, device=window.mask.device):
             return self._side_by_side(noise, window, own, common)
 
     def obstacle(self, noise: Noise, window: Window, common: Tree | None) -> str:
@@ -114,7 +115,7 @@ class Particles:
         """
         pair = {name: each[:1] for name, each in noise.items()}
         used = UsesOf(self.parameters)
-        with fork_random(window.mask.device), left_as_it_was(self.model), warnings.catch_warnings():
+        with preserved(self.model, device=window.mask.device), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*performance drop")
             try:
                 _, own = self._side_by_side(pair, window, None, common, used)
@@ -164,7 +165,7 @@ class Particles:
         return losses, (replace_tensors(shape_of[0], after),)
 
     def _one_by_one(
-        self, noise: Noise, window: Window, own: States | None, common: Tree | None, random: list[Tensor]
+        self, noise: Noise, window: Window, own: States | None, common: Tree | None, side: SideState
     ) -> tuple[Tensor, States]:
         pairs = len(next(iter(noise.values())))
         losses: list[Tensor] = []
@@ -176,8 +177,7 @@ class Particles:
             }
             weights = {name: value.to(self.parameters[name].dtype) for name, value in weights.items()}
             with (
-                random_from(random, window.mask.device),
-                left_as_it_was(self.model),
+                replayed(side, self.model, device=window.mask.device),
                 in_place(self.parameters.values(), weights.values()),
             ):
                 found, end = self._one(window, common if own is None else own[index])

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tbptt.errors import CapabilityError, TbpttError
 from tbptt.estimators.rows import known_dims
-from tbptt.model import check_outputs, fork_random, initial_state, left_as_it_was, split_result, with_parameters
+from tbptt.model import check_outputs, initial_state, split_result, with_parameters
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, detach, differentiable, replace_tensors, tensors, time_slice, tree_map
 
 __all__ = ["PerLane", "check_single_steps"]
@@ -123,7 +124,7 @@ class PerLane(nn.Module):
     def _obstacle(self, inputs: Tree, state: Tree | None) -> str:
         """Return why the lanes cannot be run side by side, found out by trying; empty if they can."""
         device = tensors(inputs)[0].device
-        with fork_random(device), left_as_it_was(self.held[0]), warnings.catch_warnings():
+        with preserved(self.held[0], device=device), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*performance drop")
             try:
                 with torch.enable_grad():
@@ -152,7 +153,7 @@ def check_single_steps(model: nn.Module, inputs: Tree) -> None:
     """
     first = tensors(inputs)[0]
     one = time_slice(inputs, 0, 1)
-    with fork_random(first.device), left_as_it_was(model), torch.no_grad():
+    with preserved(model, device=first.device), torch.no_grad():
         try:
             state = initial_state(model, first.shape[1])
             for _ in range(2):

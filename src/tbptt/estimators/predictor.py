@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from tbptt.errors import CapabilityError, ConfigError, ShapeError
 from tbptt.estimators.rows import rows_of
 from tbptt.length.base import is_whole
-from tbptt.model import (
-    check_trainable,
-    find_lane_dims,
-    fork_random,
-    initial_state,
-    left_as_it_was,
-    split_result,
-)
+from tbptt.model import check_trainable, find_lane_dims, initial_state, split_result
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, detach, differentiable, tensors, time_slice
 
 __all__ = ["NAME", "PREFIX", "Predictor", "Spelled", "attach", "attached", "check_spelled"]
@@ -133,14 +127,14 @@ def attach(model: nn.Module, inputs: Tree, spelled: Spelled, own: nn.Module | No
     outputs, state = _run(model, inputs)
     rows = rows_of(state, dims)
     leaf = differentiable(state)[0]
-    with fork_random(leaf.device):  # a model with a predictor draws what it would draw without
+    with preserved(device=leaf.device):  # a model with a predictor draws what it would draw without
         predictor = Predictor.of(spelled, rows.shape[1]) if spelled != "own" else None
     if predictor is None:
         assert own is not None
         predictor = Predictor(own, rows.shape[1], "own")
     model.add_module(NAME, predictor.to(device=leaf.device, dtype=rows.dtype))
     try:
-        with fork_random(leaf.device), torch.no_grad():
+        with preserved(device=leaf.device), torch.no_grad():
             predictor(rows)
         same = _alike(_run(model, inputs)[0], outputs)
     except BaseException:
@@ -171,7 +165,7 @@ def _example(model: nn.Module, inputs: Tree) -> tuple[Tree, LaneDims | None]:
 def _run(model: nn.Module, inputs: Tree) -> tuple[Tree, Tree]:
     """Return the outputs and the state after `inputs`; nothing remains of the run."""
     first = tensors(inputs)[0]
-    with fork_random(first.device), torch.no_grad(), left_as_it_was(model):
+    with preserved(model, device=first.device), torch.no_grad():
         outputs, state = split_result(model, model(inputs, initial_state(model, first.shape[1])))
         return detach(outputs), detach(state)
 

@@ -20,8 +20,9 @@ from tbptt.estimators.gradients import Gradients, add, numbers_of, scaled
 from tbptt.estimators.history import Stretch
 from tbptt.estimators.segments import Segment, lane_norms, walk_back
 from tbptt.loss import StepLoss
-from tbptt.model import fork_random, left_as_it_was, trainable_parameters
+from tbptt.model import trainable_parameters
 from tbptt.pathways import in_segments
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, detach
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -93,7 +94,7 @@ def probe(
     valid, _ = loss.valid(last)
     if steps < reached or window.steps % unit or not bool(valid.any()):
         return None
-    with fork_random(window.mask.device), left_as_it_was(model):
+    with preserved(model, device=window.mask.device):
         chosen, delays = _one_each(valid, draws)
         mask = torch.zeros_like(window.mask)
         mask[window.steps - among :] = chosen

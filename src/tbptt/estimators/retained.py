@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tbptt.errors import CapabilityError
 from tbptt.estimators.segments import Segment
-from tbptt.model import random_from, random_states, trainable_parameters
+from tbptt.model import trainable_parameters
+from tbptt.side_changes import packed, unpacked
+from tbptt.side_state import SideState, as_then
 from tbptt.tree import LaneDims, Tree, detach, differentiable
 from tbptt.weights import KeptWeights
 from tbptt.window import Window
 
-__all__ = ["RetainedSegment", "kept_for", "newest"]
+__all__ = ["RetainedSegment", "kept_for", "newest", "retained_from", "retained_state"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +30,21 @@ class RetainedSegment:
     """A segment that outlives the update: it remembers the weights it was run with.
 
     Its graph holds copies of the weights, so that an optimizer may change the originals in place. It can also be
-    rebuilt, from its steps, its start state, those copies and the state of the random generator: to be cut at a place
-    not foreseen, or after a restart.
+    rebuilt, from its steps, its start state, those copies and the side state: to be cut at a place not foreseen, or
+    after a restart.
 
     Args:
         window: its steps, without targets.
         begin: the state before them, detached; None for the model's initial state.
         weights: the copies of the parameters that require a gradient.
-        random: the states of the random generators before the first step.
+        side: what else the model found before the first step; None where that is not known.
         live: its graph, if it is built.
     """
 
     window: Window
     begin: Tree | None
     weights: KeptWeights
-    random: list[Tensor]
+    side: SideState | None
     live: Segment | None = None
 
     @property
@@ -54,10 +57,10 @@ class RetainedSegment:
         model: nn.Module, window: Window, begin: Tree | None, weights: KeptWeights, dims: LaneDims | None
     ) -> RetainedSegment:
         """Run `model`, which has these weights, over `window` from `begin`."""
-        random = random_states(window.mask.device)
+        side = SideState.of(model, device=window.mask.device)
         with weights.recording():
             live = Segment.run(model, window, begin, dims, track=begin is not None)
-        return RetainedSegment(window.without_targets(), begin, weights, random, replace(live, weights=weights))
+        return RetainedSegment(window.without_targets(), begin, weights, side, replace(live, weights=weights))
 
     def built(self, model: nn.Module, dims: LaneDims | None) -> RetainedSegment:
         """Return the segment with its graph, run again if it is not there, or leads to another model's parameters."""
@@ -76,9 +79,9 @@ class RetainedSegment:
 
     @contextmanager
     def _as_then(self, model: nn.Module) -> Generator[KeptWeights]:
-        """Let the model have the weights, and the generators the states, that they had then."""
+        """Let the model have the weights, and find all else, that it had and found then."""
         weights = self.weights.bound_to(trainable_parameters(model))
-        with random_from(self.random, self.window.mask.device), weights.in_place():
+        with as_then(self.side, model, device=self.window.mask.device), weights.in_place():
             yield weights
 
     def past(self) -> RetainedSegment:
@@ -89,21 +92,26 @@ class RetainedSegment:
         """Return the segment without its graph, to be built again if it is needed."""
         return replace(self, live=None)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all but the graph."""
-        return {
-            "window": self.window.state_dict(),
-            "begin": self.begin,
-            "weights": self.weights.values,
-            "random": self.random,
-        }
 
-    @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> RetainedSegment:
-        """Return what `state_dict` described, asleep."""
-        return RetainedSegment(
-            Window(**state["window"]), state["begin"], KeptWeights(dict(state["weights"])), state["random"]
-        )
+def retained_state(segments: Sequence[RetainedSegment]) -> dict[str, Any]:
+    """Return all but the graphs, as plain values and trees."""
+    return {
+        "segments": [
+            {"window": each.window.state_dict(), "begin": each.begin, "weights": each.weights.values}
+            for each in segments
+        ],
+        "sides": packed([each.side for each in segments]),
+    }
+
+
+def retained_from(state: dict[str, Any] | list[dict[str, Any]]) -> tuple[RetainedSegment, ...]:
+    """Return what `retained_state` described, asleep."""
+    if isinstance(state, list):  # of a version that kept no side states: the model draws anew
+        state = {"segments": state, "sides": packed([None] * len(state))}
+    return tuple(
+        RetainedSegment(Window(**each["window"]), each["begin"], KeptWeights(dict(each["weights"])), side)
+        for each, side in zip(state["segments"], unpacked(state["sides"]), strict=True)
+    )
 
 
 def newest(
@@ -116,14 +124,25 @@ def newest(
     out then, and the look-back of this one update is shorter.
     """
     found: list[RetainedSegment] = []
+    back = 0
     for segment in reversed(retained):
         if steps <= 0:
             break
+        back += segment.steps
         if segment.steps > steps:
             segment = segment.split(model, segment.steps - steps, dims)[1]
             if not _agree(segment, after):
                 break
-        found.append(segment.built(model, dims))
+        built = segment.built(model, dims)
+        if built is not segment and not _agree(built, after):
+            raise CapabilityError(
+                f"the {segment.steps} steps that lie {back} before the window were expected to lead to the state that "
+                f"was carried on when they are run again, but {type(model).__name__} led to another one: something "
+                "that it reads is neither an attribute nor a buffer nor a random generator of its own, torch's, "
+                "numpy's or Python's, and was not restored",
+                fix="keep it as an attribute or a buffer of the model, or in the state",
+            )
+        found.append(built)
         after = segment.begin
         steps -= segment.steps
     return found[::-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -18,9 +19,11 @@ from tbptt.estimators.base import LOSS_PREFIX, Estimate, by_owner
 from tbptt.estimators.carry import ChainCarry
 from tbptt.estimators.gradients import after_hooks, own
 from tbptt.estimators.history import Stretch
+from tbptt.estimators.replayable import cuts_between, find_out
 from tbptt.estimators.segments import Boundary, Chain, Pulled, Segment, pass_on, pull_back
 from tbptt.loss import Counted, StepLoss, Summed
 from tbptt.model import trainable_parameters
+from tbptt.side_state import SideState, as_then
 from tbptt.tree import Tree, detach, time_cat
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -38,6 +41,7 @@ class Run:
         parameters: these.
         trained: they and the loss's own, by the names of `Estimate.all_gradients`.
         asked: all of these, as autograd is asked about them.
+        device: of the model.
         outputs: of the window's pieces, detached; empty unless they are to be kept.
         sums: of the pieces' losses, 0-dim each.
         counted: the targets in them.
@@ -50,9 +54,11 @@ class Run:
         self.names, self.parameters = zip(*self.trained.items(), strict=True)
         self.trained |= {LOSS_PREFIX + name: each for name, each in loss.own_parameters(model).items()}
         self.asked = tuple(self.trained.values())
+        self.device = self.parameters[0].device
         self.outputs: list[Tree] = []
         self.sums: list[Tensor] = []
-        self.counted, self._like, self._first = Counted(), torch.zeros(()), 0
+        self.counted, self._first = Counted(), 0
+        self._like = torch.zeros((), dtype=torch.float64, device=self.device)  # until a loss was called
         self.terms: dict[str, list[Tensor]] = {}
 
     def report(self, piece: Window, state: Tree | None) -> Tree:
@@ -69,31 +75,58 @@ class Run:
         return segment.injecting(summed.total) if summed.counted.num else segment
 
     def look_back(
-        self, past: Stretch | None, window: Window, cuts: Iterable[int]
+        self, past: Stretch | None, window: Window, cuts: Iterable[int], *, needed: bool = True
     ) -> tuple[list[Segment], list[Stretch]]:
-        """Run what lies before a window again, and the window after it, whose losses are injected.
+        """Run what lies before a window again, as it was run then, and the window after it, whose losses are injected.
 
         Args:
             past: the steps before the window; None for none. What lies before them stays out of the graph.
             window: the steps after them.
             cuts: where a segment begins, counted from the first step of the past; one begins with the window, too.
+            needed: whether the estimate depends on the cuts before the window; if not, those within a call of a model
+                that cannot be cut there are left out.
 
         Returns:
             The segments, oldest first, and their steps with the states before them.
+
+        Raises:
+            CapabilityError: the model cannot be run again as it was run; or a cut is needed within one of its calls.
         """
         news = 0 if past is None else past.window.steps
         context = window.without_targets()
         whole = context if past is None else Window.join([past.window, context])
         state = self.carry.state if past is None else past.state
+        spans = list(pairwise(sorted({0, news, *cuts_between(self, past, cuts, needed), whole.steps})))
         chain: list[Segment] = []
         stretches: list[Stretch] = []
-        for begin, end in pairwise(sorted({0, news, *cuts, whole.steps})):
-            stretches.append(Stretch(whole[begin:end], state))
-            segment = Segment.run(self.model, whole[begin:end], state, self.carry.dims, track=begin > 0)
-            if begin >= news:
-                segment = self.inject(segment, window[begin - news : end - news])
-            state = detach(segment.end)
-            chain.append(segment)
+
+        def run(state: Tree | None, side: SideState | None) -> Tree:
+            """Run the next segment; return the state after it."""
+            begin, end = spans[len(chain)]
+            stretches.append(Stretch(whole[begin:end], state, side))
+            chain.append(Segment.run(self.model, whole[begin:end], state, self.carry.dims, track=begin > 0))
+            return detach(chain[-1].end)
+
+        side = now = self._side(None if past is None else past.side)
+        if past is not None:
+            # where all is as it was then, and a model moves nothing, there is nothing to put back
+            still = bool(self.carry.joins) and now is past.side
+            with nullcontext() if still else as_then(past.side, self.model, device=self.device):
+                found = past.side
+                while spans[len(chain)][0] < news:
+                    state = run(state, found)
+                    found = found if still else self._side(found)
+            side = self._side(now)
+            if side is not now and still:  # it does by now
+                self.carry.joins = False
+                now.restore(self.model, in_place=False)
+                side = now
+        for begin, end in spans[len(chain) :]:
+            state = run(state, side)
+            chain[-1] = self.inject(chain[-1], window[begin - news : end - news])
+            side = side if self.carry.joins else self._side(side)
+        if self.carry.joins is not False:
+            find_out(self, chain, stretches)
         return chain, stretches
 
     def cuts(self, cuts: Iterable[int], news: int) -> list[int]:
@@ -181,6 +214,9 @@ class Run:
             denominator=injected.denominator if denominator is None else denominator,
             metrics=by_term | dict(metrics or {}),
         )
+
+    def _side(self, like: SideState | None) -> SideState:
+        return SideState.of(self.model, device=self.device, like=like)
 
     def _summed(self, outputs: Tree, piece: Window) -> Summed:
         """Return the sum of a piece's losses, the first time after a look at whether they are of single steps."""

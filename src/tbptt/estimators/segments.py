@@ -93,7 +93,7 @@ class Segment:
         seeds: list[Tensor] = []
         if self.loss is not None and self.loss.requires_grad:
             roots.append(self.loss)
-            seeds.append(weight)
+            seeds.append(weight if weight.dtype is self.loss.dtype else weight.to(self.loss.dtype))
         for leaf, gradient in zip(differentiable(self.end), cotangent, strict=True) if cotangent else ():
             if gradient is not None and leaf.requires_grad:
                 roots.append(leaf)

@@ -159,7 +159,7 @@ class SparseAttentiveBacktracking(Estimator):
         carry = carry.for_window(model, window)
         run = Run(model, StepLoss.of(loss), carry, keep_outputs=self.keep_outputs)
         lookback = self.lookback or self.k1
-        past = carry.past.last(model, lookback - window.steps, carry.dims)
+        past = carry.last(model, lookback - window.steps)
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + window.steps
         chain, stretches = run.look_back(past, window, range(news % self.k_trunc, steps, self.k_trunc))

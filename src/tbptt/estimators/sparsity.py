@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tbptt.estimators.lane_segment import LaneSegment
 from tbptt.estimators.perlane import PerLane, check_single_steps
 from tbptt.estimators.segments import Segment
-from tbptt.model import fork_random, initial_state, left_as_it_was, trainable_parameters
+from tbptt.model import initial_state, trainable_parameters
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, detach, differentiable, replace_tensors, tensors, time_slice
 from tbptt.window import Window
 
@@ -203,7 +204,7 @@ def probe(model: nn.Module, window: Window, dims: LaneDims | None, seed: int = 0
     Cost: S backward passes through one step for each probe, all lanes side by side.
     """
     check_single_steps(model, window.inputs)
-    with fork_random(window.mask.device), left_as_it_was(model):
+    with preserved(model, device=window.mask.device):
         torch.manual_seed(seed)
         none = torch.zeros(window.lanes, dtype=torch.bool, device=window.mask.device)
         found, _ = seen_in(tried_step(model, window.inputs, 0, dims, moved=1.0), none)

@@ -26,6 +26,7 @@ from tbptt.estimators.segments import Pulled, Segment
 from tbptt.length import Length
 from tbptt.loss import Counted, Loss, StepLoss
 from tbptt.model import check_trainable
+from tbptt.side_state import SideState
 from tbptt.tree import detach
 from tbptt.weights import KeptWeights
 from tbptt.window import Window
@@ -202,6 +203,7 @@ class _Regimes:
         run, pieces = self.run, self._pieces()
         injected = sum((run.loss.counted(self.window[a:b]) for a, b, learn in pieces if learn), Counted())
         state, total, lookback = self.carry.state, None, 0
+        side = None if not self.setting.lengths.remembered else SideState.of(run.model, device=run.device)
         for begin, end, learn in pieces:
             piece = self.window[begin:end]
             if not learn:
@@ -212,14 +214,14 @@ class _Regimes:
             total = pulled if total is None else Pulled(add(total.gradients, pulled.gradients), [])
             state, lookback = detach(segment.end), max(lookback, end - begin)
         assert total is not None
-        past = self._past([Stretch(self.window.without_targets(), self.carry.state)], 0)
+        past = self._past([Stretch(self.window.without_targets(), self.carry.state, side)], 0)
         return run.estimate(total, injected, lookback), self._after(replace(self.carry, state=state, past=past))
 
     def recompute(self) -> tuple[Estimate, ChainCarry]:
         """k2 > k1: the steps before the window are run again from the state k2 steps back."""
         run = self.run
         missing = self.carry.missing(self.window)
-        past = self.carry.past.last(run.model, self.k2 - self.window.steps - missing, self.carry.dims)
+        past = self.carry.last(run.model, self.k2 - self.window.steps - missing)
         news = 0 if past is None else past.window.steps  # the step at which the window begins
         steps = news + self.window.steps
         mark = max(0, steps + missing + self.k1 - self.k2)  # where the next look-back begins, if its window is full
@@ -231,7 +233,10 @@ class _Regimes:
             seen = told
         else:
             seen = told = [each for each in boundaries if each in (news, mark)]
-        chain, stretches = run.look_back(past, self.window, run.cuts([mark, *seen], news))
+        cuts = [mark, *seen]
+        if not self.carry.joins:  # a later look-back will begin here, and calls are to stay as they are
+            cuts += [each for each in [news + -self.k2 % self.k1] if each < steps]
+        chain, stretches = run.look_back(past, self.window, run.cuts(cuts, news), needed=False)
         injected = run.counted
         pulled = run.pull(chain, injected, boundary=self.boundary, counts=_beginning_at(chain, seen))
         carry = replace(self.carry, state=detach(chain[-1].end), past=self._past(stretches, news))

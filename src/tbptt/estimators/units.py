@@ -23,7 +23,8 @@ from tbptt.estimators.perlane import check_single_steps
 from tbptt.estimators.random_products import spread
 from tbptt.estimators.rows import cotangent_of, rows_of
 from tbptt.estimators.sparsity import initial_segment, rounding, tried_step
-from tbptt.model import fork_random, left_as_it_was, trainable_parameters, with_parameters
+from tbptt.model import trainable_parameters, with_parameters
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, differentiable, leaf_names, tensors, tree_map
 
 __all__ = ["Units", "find_units", "followed", "rows_driven", "stopped_at"]
@@ -197,7 +198,7 @@ def find_units(model: nn.Module, inputs: Tree, dims: LaneDims | None) -> tuple[U
     """
     check_single_steps(model, inputs)
     steps, lanes = tensors(inputs)[0].shape[:2]
-    with fork_random(tensors(inputs)[0].device), left_as_it_was(model):
+    with preserved(model, device=tensors(inputs)[0].device):
         torch.manual_seed(0)
         first = tried_step(model, _lane(inputs, 0), 0, dims, moved=0.0)
         end = first.segment.end

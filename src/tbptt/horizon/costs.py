@@ -68,7 +68,7 @@ def measure_costs(model: nn.Module, loss: StepLoss, place: Place, lookbacks: Seq
     def update(steps: int) -> None:
         estimator = TBPTT(steps, steps)
         carry = estimator.init(model, place.window.lanes)
-        carry.state, carry.dims, carry.looked = place.state, place.dims, True
+        carry.state, carry.dims, carry.looked, carry.loss_looked = place.state, place.dims, True, True
         estimator.estimate(model, loss, carry, place.window[place.window.steps - steps :])
 
     for steps in lookbacks:

@@ -17,8 +17,9 @@ from tbptt.horizon.inputs import InputTap
 from tbptt.horizon.samples import places
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
-from tbptt.model import check_trainable, eval_mode, fork_random, left_as_it_was
+from tbptt.model import check_trainable, eval_mode
 from tbptt.pathways import in_segments, segment_steps
+from tbptt.side_state import preserved
 from tbptt.streams.base import Stream
 from tbptt.tree import tensors
 from tbptt.unroll import unroll
@@ -84,7 +85,7 @@ def influences(
     step_loss, start = StepLoss.of(loss).by_single_steps("horizon.influences"), stream.state_dict()
     device = next(model.parameters()).device
     try:
-        with fork_random(device), left_as_it_was(model), eval_mode(model, step_loss.module):
+        with preserved(model, device=device), eval_mode(model, step_loss.module):
             found: list[Influence] = []
             draws = np.random.default_rng(seed)
             segment = segment_steps(model)

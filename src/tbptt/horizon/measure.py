@@ -26,8 +26,9 @@ from tbptt.horizon.sent import Plan
 from tbptt.horizon.statistics import GradientStatistics, band
 from tbptt.length.base import is_whole
 from tbptt.loss import Loss, StepLoss
-from tbptt.model import check_trainable, fork_random, left_as_it_was
+from tbptt.model import check_trainable
 from tbptt.pathways import segment_steps
+from tbptt.side_state import preserved
 from tbptt.streams.base import Stream
 from tbptt.tree import differentiable
 
@@ -125,7 +126,7 @@ def measure(
     start = stream.state_dict()
     device = next(model.parameters()).device
     try:
-        with fork_random(device), left_as_it_was(model):
+        with preserved(model, device=device):
             torch.manual_seed(seed)
             longest, notes = (
                 (max_lag, []) if max_lag is not None else _search(model, step_loss, stream, resolution, seed)

@@ -20,10 +20,11 @@ from tbptt.estimators.carry import unit_of
 from tbptt.estimators.probe import SPREAD, run_chain, spread
 from tbptt.estimators.segments import lane_norms, walk_back
 from tbptt.loss import Loss, StepLoss
-from tbptt.model import find_lane_dims, fork_random, left_as_it_was
+from tbptt.model import find_lane_dims
 from tbptt.monitors.base import Monitor, Plan, Update
 from tbptt.monitors.lines import Lines, check_every, json_number
 from tbptt.pathways import in_segments
+from tbptt.side_state import preserved
 from tbptt.streams.base import Stream
 from tbptt.window import Window
 
@@ -174,7 +175,7 @@ class LagCurves(Monitor):
         mask[last] = valid[last]
         piece = replace(window, mask=mask)[: in_segments(last + 1, self._unit)]
         norms: list[float] = []
-        with fork_random(mask.device), left_as_it_was(self.model), torch.enable_grad():
+        with preserved(self.model, device=mask.device), torch.enable_grad():
             cuts = [piece.steps - lag for lag in lags]
             chain, _ = run_chain(self.model, self.loss, None, piece, dims, cuts)
             loss = chain[-1].loss

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt.model import find_lane_dims, fork_random
+from tbptt.model import find_lane_dims
 from tbptt.online.pending import Pending
+from tbptt.side_state import preserved
 from tbptt.tree import LaneDims, Tree, tensors
 from tbptt.unroll import unroll
 from tbptt.window import Window
@@ -85,7 +86,7 @@ class Running:
         modes = [part.training for part in self._parts]
         self._switch([False] * len(modes))
         try:
-            with torch.no_grad(), fork_random(self.device):
+            with torch.no_grad(), preserved(device=self.device):
                 yield
         finally:
             self._switch(modes)
