@@ -6,7 +6,7 @@ Letters: T time, B lanes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tbptt.errors import ShapeError
-from tbptt.tree import Tree, tensors, time_cat, time_slice, to
+from tbptt.tree import Tree, tensors, time_cat, time_slice, to, tree_map
 
 __all__ = ["Window"]
 
@@ -121,6 +121,15 @@ class Window:
             self.reset[begin:end],
             self.start + begin,
         )
+
+    def laid_out(self) -> Window:
+        """Return the window with its inputs in memory as those of windows that were joined: step after step.
+
+        Random numbers like an input (`torch.randn_like`, dropout) depend on how it lies in memory.
+        """
+        if all(leaf.is_contiguous() for leaf in tensors(self.inputs)):
+            return self
+        return replace(self, inputs=tree_map(torch.Tensor.contiguous, self.inputs))
 
     def without_targets(self) -> Window:
         """Return the window as context: its inputs and resets, with nothing to learn from."""

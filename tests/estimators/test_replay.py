@@ -53,6 +53,13 @@ class Dropout(Base):
         self.core = nn.GRU(D, H, num_layers=2, dropout=0.5)
 
 
+class Like(Base):
+    """Draws numbers as its input lies in memory."""
+
+    def look(self, inputs: Tensor) -> Tensor:
+        return inputs + torch.randn_like(inputs)
+
+
 class RunningScale(Base):
     """Divides by a running mean of the input's size, in a buffer that is written in place."""
 
@@ -93,7 +100,7 @@ class BatchNorm(Base):
         return self.norm(inputs.flatten(0, 1)).view(inputs.shape)
 
 
-KINDS = [Numpy, OwnGenerator, Dropout, RunningScale, Codebook, BatchNorm]
+KINDS = [Numpy, OwnGenerator, Dropout, Like, RunningScale, Codebook, BatchNorm]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
@@ -183,6 +190,33 @@ def test_a_replay_is_the_forward_pass(kind: type[Base], estimator: Any, size: in
     assert apart(found, wanted) < 1e-12
     for name, value in moved.items():
         torch.testing.assert_close(buffers[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [TBPTT(K1, 12), FullBPTT(K1, segment=K1), Mixture(K1, 12, 16, 1.0)], ids=str)
+def test_it_does_not_matter_how_inputs_lie_in_memory(estimator: Any) -> None:
+    """As those of a recording that was cut into lanes: what is drawn like them is the same, whenever it is."""
+    seen: list[tuple[int, Tensor]] = []
+
+    class Told(Like):
+        def look(self, inputs: Tensor) -> Tensor:
+            found = super().look(inputs)
+            seen.append((int((found - inputs).abs().sum() * 1e9), inputs[:, 0, 0].detach().clone()))
+            return found
+
+    model, inputs, targets = made(Told)
+    by_lane = inputs.transpose(0, 1).contiguous().transpose(0, 1)
+    carry = estimator.init(model, B)
+    carry = carry.with_dims(model, Window(inputs[:K1], targets[:K1]))
+    drawn: dict[tuple[float, ...], set[int]] = {}
+    for begin in range(0, STEPS, K1):
+        seen.clear()
+        window = Window(by_lane[begin : begin + K1], targets[begin : begin + K1], start=begin)
+        _, carry = estimator.estimate(model, squared, carry, window)
+        for number, steps in seen:
+            if len(steps) == K1:
+                drawn.setdefault(tuple(steps.tolist()), set()).add(number)
+    assert len(drawn) == STEPS // K1
+    assert all(len(numbers) == 1 for numbers in drawn.values())
 
 
 @kinds

@@ -67,7 +67,7 @@ class HeldPieces:
     num: int | None
 
     def __init__(self, past: Stretch | None, window: Window, cuts: Iterable[int]) -> None:
-        context = window.without_targets()
+        context = window.laid_out().without_targets()
         self.window = window
         self.whole = context if past is None else Window.join([past.window, context])
         self.news = self.whole.steps - window.steps

@@ -93,7 +93,7 @@ class Run:
             CapabilityError: the model cannot be run again as it was run; or a cut is needed within one of its calls.
         """
         news = 0 if past is None else past.window.steps
-        context = window.without_targets()
+        context = window.laid_out().without_targets()
         whole = context if past is None else Window.join([past.window, context])
         state = self.carry.state if past is None else past.state
         spans = list(pairwise(sorted({0, news, *cuts_between(self, past, cuts, needed), whole.steps})))

@@ -195,7 +195,7 @@ class _Regimes:
 
     def __init__(self, setting: TBPTT, k1: int, k2: int, run: Run, window: Window) -> None:
         self.setting, self.k1, self.k2, self.run = setting, k1, k2, run
-        self.carry, self.window = run.carry, window
+        self.carry, self.window = run.carry, window.laid_out() if setting.lengths.remembered else window
         self.boundary = rule_at(setting.boundary, self.carry.dims)
 
     def within(self) -> tuple[Estimate, ChainCarry]:
