@@ -5,6 +5,7 @@ Letters: T time, B lanes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 from tbptt.errors import CapabilityError
-from tbptt.first_states import states_of
 from tbptt.model import check_outputs, folded_lanes, initial_state, split_result
+from tbptt.side_state import preserved
 from tbptt.tree import (
     LaneDims,
     Tree,
     check_lanes,
     copy,
+    detach,
     plain_values,
     refuse_shared,
     replace_tensors,
@@ -30,7 +32,9 @@ from tbptt.tree import (
 )
 from tbptt.window import Window
 
-__all__ = ["state_at_reset", "unroll"]
+__all__ = ["state_at_reset", "states_of", "unroll"]
+
+_CALLS = 2  # a state may get its final classes when it is gone on from
 
 
 def unroll(model: nn.Module, window: Window, state: Tree | None, dims: LaneDims | None) -> tuple[Tree, Tree]:
@@ -178,3 +182,25 @@ def _found_unchanging(model: nn.Module, window: Window, step: int) -> dict[str, 
             first, *others = seen
             return {place: each for place, each in first.items() if all(each == o.get(place) for o in others)}
     return {}
+
+
+def states_of(model: nn.Module, window: Window) -> Any:
+    """Return the steps of a window, and the states that the model has in it: of one step at a time, or of all."""
+    device = next(model.parameters()).device
+    window = window.to(device)
+    found: list[Tree] = []
+    with preserved(model, device=device), torch.no_grad():
+        for inputs in (time_slice(window.inputs, 0, 1), window.inputs):  # some models take no single step
+            try:
+                found += _states(model, inputs, window.lanes)
+            except Exception:  # whatever a model says to a length it does not take; what is not found is refused
+                continue
+    return window.inputs, window.targets, found
+
+
+def _states(model: nn.Module, inputs: Tree, lanes: int) -> Iterator[Tree]:
+    state = initial_state(model, lanes)
+    yield state
+    for _ in range(_CALLS):
+        state = detach(split_result(model, model(inputs, state))[1])
+        yield state

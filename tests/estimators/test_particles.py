@@ -37,7 +37,7 @@ class Cache:
 
 
 class Opaque(nn.Module):
-    """Keeps its state in an object, with a count that is no tensor; writes into a buffer, draws, ties, freezes."""
+    """Keeps its state in an object, with a number that is no tensor; writes into a buffer, draws, ties, freezes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,14 +48,14 @@ class Opaque(nn.Module):
 
     def forward(self, inputs: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
         memory = inputs.new_zeros(inputs.shape[1], H) if state is None else state.memory
-        steps = 0 if state is None else state.steps
+        steps = 7 if state is None else state.steps
         self.calls.add_(1)
         outputs = []
         for step in inputs:
             each = nn.functional.dropout(torch.cat([step, memory], -1), 0.3, self.training)
             memory = torch.tanh(self.mix(each) + 0.1 * self.again(each)) * self.frozen
             outputs.append(memory)
-        return torch.stack(outputs), Cache(memory, steps + len(inputs))
+        return torch.stack(outputs), Cache(memory, steps)
 
 
 def opaque_windows() -> list[Window]:

@@ -21,7 +21,6 @@ from tbptt.distributed import refuse_ranks
 from tbptt.errors import AlarmWarning, CapabilityError, CheckpointError, CheckpointWarning, ShapeError
 from tbptt.estimators import FullBPTT
 from tbptt.estimators.base import Carry, Estimator
-from tbptt.first_states import states_of
 from tbptt.guards.base import Guard, check_guards
 from tbptt.guards.nonfinite import NonFinite
 from tbptt.loss import Loss, StepLoss
@@ -31,6 +30,7 @@ from tbptt.online.running import Running
 from tbptt.online.values import Entry, Lift, check_whole
 from tbptt.randomness import random_state, set_random_state
 from tbptt.tree import Tree, clone, tensors, time_slice, to
+from tbptt.unroll import states_of
 from tbptt.update import Updater
 from tbptt.window import Window
 
