@@ -163,7 +163,7 @@ def change(net: nn.Module, before: nn.Module) -> Tensor:
     return torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), before.parameters(), strict=True)]).detach()
 
 
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_weights_are_those_of_a_loop_by_hand(
     reset: bool, run: tuple[Path, str], example: ModuleType, tmp_path: Path
 ) -> None:
@@ -244,7 +244,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert not change(loaded(tmp_path / "run", "fine-tuned"), loaded(run[0], "fine-tuned")).any()
 
 
-@pytest.mark.parametrize("lost", ["carry", "stream"])
+@pytest.mark.parametrize("lost", ["carry", pytest.param("stream", marks=pytest.mark.slow)])
 def test_without_its_place_the_weights_are_others(
     lost: str,
     interrupted: list[str],
@@ -267,6 +267,7 @@ def test_other_settings_in_the_same_directory_are_refused(interrupted: list[str]
 # A model and a document of one's own.
 
 
+@pytest.mark.slow
 def test_a_model_and_a_document_of_ones_own(
     run: tuple[Path, str], example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
