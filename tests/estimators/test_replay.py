@@ -261,6 +261,19 @@ def test_what_cannot_be_run_again_is_refused(estimator: Any) -> None:
         estimator.estimate(model, squared, estimator.init(model, B), window)
 
 
+def test_each_segment_is_compared() -> None:
+    class Starts(Base):
+        """Draws so in its first call alone."""
+
+        def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return super().forward(inputs if state is not None else Secret.look(self, inputs), state)
+
+    model, inputs, targets = made(Starts)
+    estimator = FullBPTT(STEPS, segment=K1)
+    with pytest.raises(CapabilityError, match="the segment of steps 0 to 3 is run again"):
+        estimator.estimate(model, squared, estimator.init(model, B), Window(inputs, targets))
+
+
 def test_retained_segments_that_are_built_otherwise_are_refused() -> None:
     model, inputs, targets = made(Secret)
     estimator = TBPTT(K1, 12, replay="retain")
